@@ -239,7 +239,7 @@ def _ground_shadow(canvas: _Canvas, scene: Scene, figure: Figure, strength: floa
     return (1 - np.exp(-total)) * strength
 
 
-def _coat(figure: Figure, zoo: bool) -> tuple[str, Array, Array, Array, Array, Array, np.random.Generator]:
+def _coat(figure: Figure, zoo: bool) -> tuple[str, Array, Array, Array, Array, Array]:
     rng = rng_of(figure.actor.seed, 42)
     kind = figure.actor.kind
     if zoo:
@@ -253,7 +253,7 @@ def _coat(figure: Figure, zoo: bool) -> tuple[str, Array, Array, Array, Array, A
     elif name == "siamese":
         eye = rgb("6fa3cc")
     v = vary[:, None, None]
-    return name, rgb(base) * v, rgb(dark) * v, rgb(light) * v, skin, eye, rng
+    return name, rgb(base) * v, rgb(dark) * v, rgb(light) * v, skin, eye
 
 
 def _markings(
@@ -277,7 +277,7 @@ def _markings(
         freq = np.where(parts == "torso", 17.0, 24.0)
         along = np.where(parts == "leg", v, u) + 0.25 * v * (parts == "torso")
         stripe = np.sin(freq * along + 0.9 * wobble + phase[2])
-        mix((stripe - 0.05) * 1.6 * (0.85 - 0.8 * belly), dark)
+        mix((stripe - 0.05) * 1.3 * (0.85 - 0.8 * belly), dark)
         mix(0.8 * belly, light)
         mix((tints == "muzzle") * 0.8, light)
     elif name == "tuxedo":
@@ -299,7 +299,7 @@ def _markings(
 
 
 def _draw_natural(canvas: _Canvas, scene: Scene, figure: Figure, who: int) -> None:
-    name, base, dark, light, skin, eye, rng = _coat(figure, scene.zoo)
+    name, base, dark, light, skin, eye = _coat(figure, scene.zoo)
     s, px = figure.scale, canvas.pixel
     key = np.array([np.sin(scene.light_angle) * 0.75, 0.62, 0.55], np.float32)
     key /= np.linalg.norm(key)
@@ -330,8 +330,8 @@ def _draw_natural(canvas: _Canvas, scene: Scene, figure: Figure, who: int) -> No
         if fur:
             u, v, w = seen.coat
             clump = np.sin(9 * u + 7 * v + strands[2]) + np.sin(8 * v - 11 * w + strands[3])
-            hair = np.sin(33 * v + 6 * u + 2.6 * clump + 1.2 * fuzz + strands[0])
-            lit = lit * (1 + 0.06 * hair + 0.04 * clump + 0.03 * fuzz)
+            hair = np.sin(27 * v + 5 * u + 1.1 * clump + 0.7 * fuzz + strands[0])
+            lit = lit * (1 + 0.055 * hair + 0.035 * clump + 0.02 * fuzz)
         # Near the ground less of the sky is seen.
         low = np.clip((canvas.y - figure.ground) / (0.35 * s), 0, 1)
         lit = lit * shade * (0.78 + 0.22 * low)

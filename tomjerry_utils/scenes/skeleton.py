@@ -190,7 +190,7 @@ def _leg(
     across = np.array([-d[1], d[0], 0]) / straight
     knee = joint + 0.5 * d + bend * min(lift, 0.20 * b.leg + 0.05) * across
     r = b.leg_radius
-    part, rest = "leg", np.array([-0.5 if hind else 0.5, -0.5, joint[2]])
+    part, rest = "leg", np.array([-0.5 if hind else 0.5, -0.05, joint[2]])
     top = r * (1.75 if hind else 1.45)
     size = np.array([0.1, 0.35, 0.1])
     out.append(Body(part, layer, joint, b=knee, ra=top, rb=1.08 * r, rest=rest, rest_size=size))
