@@ -30,6 +30,7 @@ from tomjerry_utils.profiles import Profile
 
 PROVENANCE = "provenance.json"
 PROGRESS = "progress.json"
+NO_TRAINING = "TOMJERRY_NO_TRAINING"  # set: open_stage gives finished work only
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 
 
@@ -271,9 +272,37 @@ class Stage:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold this stage for one process; a second one gets a `UserError` at once."""
-        with _locked(self.folder):
+        """Hold this stage for one process; a second one gets a `UserError`."""
+        with locked(self.folder):
             yield
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str], *, wait: float = 5.0) -> Iterator[None]:
+    """Hold a folder for one process, by a lock file beside it.
+
+    Args:
+        folder: need not exist; the lock outlives its removal.
+        wait: seconds; a little, since the kernel of a killed notebook lives on for a second.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.parent / f".{path.name}.lock", timeout=wait)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process is working on {path}: wait until it is done, or end it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def open_stage(
@@ -295,6 +324,9 @@ def open_stage(
         settings: a pydantic model or a dict; everything that changes the result.
         inputs: names of what the stage reads → their hashes or upstream keys.
         version: raise it when the stage's code changes what it writes.
+
+    Raises:
+        UserError: the work is not finished and `TOMJERRY_NO_TRAINING` is set.
     """
     plain = settings.model_dump(mode="json") if hasattr(settings, "model_dump") else dict(settings)
     plain = json.loads(json.dumps(plain, default=_plain))
@@ -312,9 +344,14 @@ def open_stage(
     stage = Stage(name, folder, key, profile.seed, plain, dict(inputs), profile.name)
     if stage.finished:
         return stage
+    if os.environ.get(NO_TRAINING):
+        raise UserError(
+            f"{folder}: not finished with these settings, and nothing is to be trained now: "
+            f"run 'tomjerry course --profile {profile.name}' first"
+        )
     if _key_in(folder / PROVENANCE) or _key_in(folder / PROGRESS) != key:
         if folder.is_dir() and any(folder.iterdir()):
-            with _locked(folder):
+            with locked(folder):
                 log(f"{name}: settings or inputs changed, removing the old {folder}")
                 shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -383,22 +420,3 @@ def _read_or_empty(path: Path) -> dict[str, Any]:
 
 def _key_in(path: Path) -> str | None:
     return _read_or_empty(path).get("key")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    # The lock lies beside the folder, so that removing the folder cannot remove the lock.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"another process is working on {folder}: wait until it is done, or end it"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -1,0 +1,345 @@
+"""The command line: parses, calls, prints. Stages are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from tomjerry_utils import UserError, __version__
+
+OK, MISTAKE, STOPPED = 0, 2, 130
+Handler = Callable[[argparse.Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    try:
+        with _interrupts():
+            arguments = _parser().parse_args(argv)
+            arguments.handler(arguments)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("tomjerry: stopped; the same command goes on from here", file=sys.stderr)
+        return STOPPED
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except UserError as error:
+        return _mistake(str(error))
+    except OSError as error:
+        return _mistake(_explain(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _mistake("out of memory: lower the batch_size of this stage in the profile's YAML")
+    return OK
+
+
+def _mistake(message: str) -> int:
+    print(f"tomjerry: error: {' '.join(message.split())}", file=sys.stderr)
+    return MISTAKE
+
+
+def _explain(error: OSError) -> str:
+    """An error of the operating system in one line: what, where, how to mend it."""
+    hints = {
+        errno.ENOSPC: "free some space or choose another disk (TOMJERRY_RUNS moves the runs)",
+        errno.EDQUOT: "free some space or choose another disk (TOMJERRY_RUNS moves the runs)",
+        errno.EROFS: "choose a folder that can be written to",
+        errno.EACCES: "choose a folder that you may write to, or change its permissions",
+        errno.EPERM: "choose a folder that you may write to, or change its permissions",
+        errno.ENOENT: "check the path",
+        errno.ENOTDIR: "a part of the path is a file: check the path",
+        errno.EISDIR: "give a file, not a folder",
+        errno.EEXIST: "there is a file where a folder is wanted: choose another name",
+        errno.ENAMETOOLONG: "choose a shorter name",
+    }
+    where = f"{error.filename}: " if error.filename else ""
+    what = (error.strerror or type(error).__name__).lower()
+    hint = hints.get(error.errno or 0, "check the disk, the network and the path")
+    return f"{where}{what}: {hint}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Let Ctrl-C stop this process alone: workers that it forked end with it, without a word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---- handlers: one a command -------------------------------------------------------------------
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from tomjerry_utils import doctor
+    from tomjerry_utils.profiles import load_profile
+
+    findings = doctor.examine(load_profile(arguments.profile))
+    print(doctor.report(findings))
+    bad = [finding.name for finding in findings if finding.state == "bad"]
+    if bad:
+        raise UserError(f"the course cannot run yet: mend {', '.join(bad)} as shown above")
+
+
+def _course(arguments: argparse.Namespace) -> None:
+    from tomjerry_utils import course
+    from tomjerry_utils.profiles import load_profile
+
+    if arguments.check:
+        problems = course.check_pairs()
+        for problem in problems:
+            print(problem)
+        if problems:
+            raise UserError(f"{len(problems)} problems between notebooks and their sources")
+        return print("notebooks and sources are in step")
+    profile = load_profile(arguments.profile)
+    if arguments.sync:
+        changed = course.sync(profile)
+        return print("\n".join(f"rewrote {path}" for path in changed) or "nothing to change")
+    # A profile that is a file must be found from the notebooks' folder too.
+    given = str(Path(arguments.profile).resolve()) if _is_file(arguments.profile) else profile.name
+    result = course.run_course(profile, arguments.only, given=given, fresh=arguments.fresh)
+    for figure in result.figures:
+        print(figure)
+    for figure in result.published:
+        print(figure)
+    print(
+        f"{len(result.executed)} notebooks executed, {len(result.skipped)} up to date, "
+        f"{len(result.figures)} figures, {result.seconds / 60:.1f} min: {result.folder}"
+    )
+
+
+def _collect(arguments: argparse.Namespace) -> None:
+    from tomjerry_utils import collect
+
+    made = collect.collect_command(
+        arguments.out,
+        videos=arguments.video,
+        folders=arguments.folder,
+        archives=arguments.archive,
+        kaggle=arguments.kaggle,
+        domain=arguments.domain,
+        every_s=arguments.every,
+        short_side=arguments.short_side,
+        validation_fraction=arguments.validation,
+    )
+    kept = sum(bool(row["kept"]) for row in made.rows)
+    print(f"{kept} of {len(made.rows)} pictures kept: {made.folder / 'manifest.jsonl'}")
+
+
+def _scenes(arguments: argparse.Namespace) -> None:
+    from tomjerry_utils import draw
+
+    seeds = draw.parse_seeds(arguments.seeds)
+    path = draw.draw_scenes(
+        seeds,
+        arguments.out,
+        style=arguments.style,
+        size=arguments.size,
+        truth=arguments.truth,
+    )
+    print(f"{len(seeds)} {arguments.style} scenes: {path}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from tomjerry_utils import collect
+    from tomjerry_utils.profiles import load_profile
+
+    collection = collect.ensure(load_profile(arguments.profile))
+    counts = collect.export(collection, arguments.out, layout=arguments.layout)
+    for folder, count in counts.items():
+        print(f"{count:6d}  {arguments.out / folder}")
+
+
+def _foundation(arguments: argparse.Namespace) -> None:
+    from tomjerry_utils import foundation
+
+    if not arguments.model:
+        for row in foundation.shipped():
+            print(f"{row['bytes']:>10}  {row['sha256']}  {row['file']}")
+    for model in arguments.model:
+        print(foundation.make(model))
+
+
+# ---- the parser --------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line that says where the help is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see '{self.prog} --help')")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tomjerry",
+        description="Tom & Jerry in real life: translate cartoon frames into natural photographs.",
+        epilog=_examples(
+            "tomjerry doctor", "tomjerry course", "tomjerry translate frame.png --out out"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tomjerry {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, handler: Handler, text: str, *examples: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=_examples(*examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(handler=handler)
+        return added
+
+    added = command(
+        "doctor",
+        _doctor,
+        "what this machine can do, and which profile suits it",
+        "tomjerry doctor",
+        "tomjerry doctor --profile paper",
+    )
+    _profile(added)
+
+    added = command(
+        "course",
+        _course,
+        "execute the notebooks in order, skipping what is up to date",
+        "tomjerry course",
+        "tomjerry course --profile smoke",
+        "tomjerry course --only 03 --fresh",
+        "tomjerry course --check",
+    )
+    _profile(added)
+    added.add_argument(
+        "--only", nargs="+", metavar="NN", help="these notebooks only, by number or name"
+    )
+    added.add_argument("--fresh", action="store_true", help="execute what is up to date as well")
+    either = added.add_mutually_exclusive_group()
+    either.add_argument(
+        "--sync", action="store_true", help="rewrite notebooks/*.ipynb from the executed run"
+    )
+    either.add_argument(
+        "--check", action="store_true", help="check that notebooks and sources are in step"
+    )
+
+    added = command(
+        "collect",
+        _collect,
+        "collect pictures from films, folders, archives and Kaggle into a manifest with splits",
+        "tomjerry collect --video show.mp4 --domain cartoon --out data/mine",
+        "tomjerry collect --folder frames photos --out data/mine",
+        "tomjerry collect --kaggle balabaskar/tom-and-jerry-image-classification --out data/show",
+    )
+    for option, metavar, text in (
+        ("--video", "FILE", "films, or folders of films"),
+        ("--folder", "DIR", "folders of pictures"),
+        ("--archive", "FILE", "zip or tar files of pictures"),
+        ("--kaggle", "SLUG", "Kaggle data sets, owner/name"),
+    ):
+        added.add_argument(
+            option, nargs="+", action="extend", default=[], metavar=metavar, help=text
+        )
+    _out(added)
+    added.add_argument(
+        "--domain",
+        choices=("cartoon", "natural"),
+        default="",
+        help="of all of them; without it, told by the folders' names",
+    )
+    added.add_argument(
+        "--every", type=float, default=1.0, metavar="SECONDS", help="between film frames (1)"
+    )
+    added.add_argument(
+        "--short-side", type=int, default=512, metavar="PIXELS", help="reduce larger ones (512)"
+    )
+    added.add_argument(
+        "--validation", type=float, default=0.1, metavar="SHARE", help="of the groups (0.1)"
+    )
+
+    added = command(
+        "export",
+        _export,
+        "write the training pictures in the layout that other translators train on",
+        "tomjerry export --layout cyclegan rivals/data",
+        "tomjerry export --layout imagefolder dataset --profile smoke",
+    )
+    added.add_argument("out", type=Path, metavar="OUT", help="a new or empty folder")
+    added.add_argument("--layout", choices=("cyclegan", "imagefolder"), required=True)
+    _profile(added)
+
+    added = command(
+        "scenes",
+        _scenes,
+        "draw generated scenes as pictures with captions and, if wanted, their truth",
+        "tomjerry scenes --style cartoon --seeds 9000000:9000020 --size 64 --out cartoons",
+        "tomjerry scenes --style natural --seeds 0:8 --size 512 --out photos --truth",
+    )
+    added.add_argument("--style", choices=("cartoon", "natural"), required=True)
+    added.add_argument("--seeds", required=True, metavar="A:B", help="A <= seed < B")
+    added.add_argument("--size", type=int, default=64, metavar="PIXELS", help="a side (64)")
+    _out(added)
+    added.add_argument("--truth", action="store_true", help="also masks and keypoints")
+
+    added = command(
+        "foundation",
+        _foundation,
+        "make the tiny foundation models, or list those that ship",
+        "tomjerry foundation",
+        "tomjerry foundation autoencoder",
+    )
+    added.add_argument(
+        "model",
+        nargs="*",
+        metavar="MODEL",
+        help="autoencoder, denoiser, blip, structure, judges or translator; none: list them",
+    )
+    return parser
+
+
+def _examples(*lines: str) -> str:
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile",
+        metavar="P",
+        help="smoke, mini, colab, paper or a YAML file (TOMJERRY_PROFILE, else mini)",
+    )
+
+
+def _out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+
+
+def _is_file(name: str | None) -> bool:
+    return bool(name) and str(name).endswith((".yaml", ".yml"))
