@@ -1,0 +1,319 @@
+"""The tiny foundation models: what Stable Diffusion and BLIP-base are to the paper profile.
+
+They learn from the zoo (natural animals of random proportions and coats, without class names), so
+that the course has a general prior to fine-tune. Each step is resumable, leaves its log beside the
+weights, and takes at most about half an hour on one core:
+
+    tomjerry foundation blip | autoencoder | structure | judges | denoiser | translator
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tomjerry_utils import UserError, scenes
+from tomjerry_utils.runs import (
+    atomic_dir,
+    atomic_path,
+    foundation_root,
+    hash_file,
+    log,
+    project_root,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
+from tomjerry_utils.training import apply_ema, progress, train
+
+SIZE = 64
+STEPS: dict[str, dict[str, Any]] = {
+    # Small and many: at one size of budget, batch 8 and few channels gave the crispest pictures.
+    "autoencoder": {"steps": 22_000, "batch_size": 8, "learning_rate": 3e-3, "latent_channels": 8},
+    "blip": {"steps": 2_500, "batch_size": 32, "learning_rate": 1e-3},
+    "structure": {"steps": 4_000, "batch_size": 16, "learning_rate": 2e-3},
+    "judges": {"label_steps": 1_500, "pixel_steps": 3_500, "batch_size": 32, "learning_rate": 2e-3},
+    "denoiser": {"steps": 4_000, "batch_size": 32, "learning_rate": 1e-3, "ema_decay": 0.998},
+}
+# What is rendered for them: (style, zoo, first seed, count).
+PICTURES = {
+    "natural zoo": ("natural", True, 0, 9_000),
+    "cartoon zoo": ("cartoon", True, 500_000, 3_000),
+    "cartoon": ("cartoon", False, 1_900_000, 2_500),
+    "natural": ("natural", False, 2_900_000, 2_500),
+    "held out": ("natural", True, 900_000, 300),
+    "judged": ("natural", False, 3_000_000, 8_000),
+    "judged cartoon": ("cartoon", False, 3_500_000, 2_500),
+}
+
+
+def pictures(name: str) -> dict[str, np.ndarray]:
+    """A set of :data:`PICTURES` with its truth, rendered once and kept under `runs/foundation`.
+
+    Returns:
+        ``image``, ``mask``, ``parts`` (N, 64, 64[, 3]) uint8, ``keypoints``, ``seed`` (N,); without
+        sensor noise, which each training adds itself.
+    """
+    style, zoo, first, count = PICTURES[name]
+    kind = "zoo" if zoo else "scenes"
+    path = project_root() / "runs" / "foundation" / kind / f"{style}_{SIZE}_{first}_{first + count}.npz"
+    if not path.is_file():
+        log(f"foundation: drawing {count} {name} scenes")
+        parts: list[dict[str, np.ndarray]] = []
+        for start in progress(range(first, first + count, 500), f"draw {name}"):
+            seeds = range(start, min(start + 500, first + count))
+            parts.append(scenes.render_many(seeds, style, SIZE, zoo=zoo, truth=True, noise=False))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **{k: np.concatenate([p[k] for p in parts]) for k in parts[0]})  # type: ignore[arg-type]
+    with np.load(path) as stored:
+        data = {k: stored[k] for k in stored.files}
+    data["seed"] = np.arange(first, first + count)
+    return data
+
+
+def noisy(images: Tensor, generator: torch.Generator, amount: float = 0.02) -> Tensor:
+    """Pictures in [−1, 1] with the camera's noise (deviation 0.01 of the range, so 0.02 here)."""
+    return images + amount * torch.randn(images.shape, generator=generator)
+
+
+def _floats(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _draw(images: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, bool]:
+    """A random batch from uint8 (N, 3, H, W) with its indices and whether it is mirrored."""
+    index = torch.randint(len(images), (size,), generator=generator)
+    mirror = bool(torch.rand((), generator=generator) < 0.5)
+    batch = images[index].float() / 127.5 - 1
+    return (batch.flip(3) if mirror else batch), index, mirror
+
+
+def _work(name: str) -> Path:
+    return project_root() / "runs" / "foundation" / name
+
+
+def _ship(
+    name: str, save: Callable[[Path], None], *, seconds: float, history: list[dict[str, Any]],
+    **facts: Any,
+) -> Path:  # fmt: skip
+    """Write a finished model with its log into data/foundation, all at once."""
+    target = foundation_root() / name
+    with atomic_dir(target) as folder:
+        save(folder)
+        write_jsonl(folder / "history.jsonl", history)
+        weights = {p.name: p.stat().st_size for p in sorted(folder.rglob("*.safetensors"))}
+        write_json(
+            folder / "provenance.json",
+            {
+                "command": f"tomjerry foundation {name}",
+                "settings": STEPS.get(name, {}),
+                "seed": 0,
+                "seconds": round(seconds, 1),
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": "2 CPU cores, one used",
+                "torch": torch.__version__,
+                "licence": "MIT; trained on scenes generated by this project alone",
+                "bytes": weights,
+                **facts,
+            },
+        )
+    shutil.rmtree(_work(name), ignore_errors=True)
+    log(f"foundation: {name} written to {target}")
+    return target
+
+
+def make_autoencoder() -> Path:
+    """Train the autoencoder on zoo pictures of both styles; measure it on held-out scenes."""
+    from tomjerry_utils.autoencoder import (
+        autoencoder_loss, decode, encode, fine_band_energy, measure_latents, psnr, tiny_autoencoder,
+    )  # fmt: skip
+
+    options = STEPS["autoencoder"]
+    both = np.concatenate([pictures("natural zoo")["image"], pictures("cartoon zoo")["image"]])
+    images = torch.from_numpy(both).permute(0, 3, 1, 2).contiguous()
+    held = pictures("held out")
+    wanted, mask = _floats(held["image"]), torch.from_numpy(held["mask"] > 0)
+    torch.manual_seed(0)
+    vae = tiny_autoencoder(options["latent_channels"])
+
+    def batches(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        batch, _, _ = _draw(images, options["batch_size"], generator)
+        return noisy(batch, generator), batch
+
+    def loss(batch: tuple[Tensor, Tensor], step: int, generator: torch.Generator) -> Any:
+        return autoencoder_loss(vae, batch[0], batch[1], generator)
+
+    scores: dict[str, float] = {}
+
+    def look(step: int, modules: dict[str, Any]) -> None:
+        if step % 2000 and step != options["steps"]:
+            return
+        seen = noisy(wanted, torch.Generator().manual_seed(1))
+        back = decode(vae, encode(vae, seen))
+        fur = fine_band_energy(back, mask) / fine_band_energy(wanted, mask)
+        scores.update(psnr_db=round(float(psnr(back, wanted).mean()), 2), fur_energy=round(float(fur), 3))
+        log(f"autoencoder {step}: {scores}")
+
+    result = train(
+        {"vae": vae}, loss, batches, steps=options["steps"], learning_rate=options["learning_rate"],
+        warmup_steps=100, folder=_work("autoencoder"), seed=0, ema_decay=0.998, weight_decay=0.0,
+        precision="bf16", log_every=200, on_log=look, threads=1, describe="autoencoder",
+    )  # fmt: skip
+    apply_ema({"vae": vae}, result)
+    measure_latents(vae, torch.from_numpy(both[:2000]))
+    return _ship(
+        "autoencoder", lambda folder: vae.half().save_pretrained(folder),
+        seconds=result.seconds, history=result.history, held_out=scores,
+    )  # fmt: skip
+
+
+def make_structure() -> Path:
+    """Train the part segmenter on zoo and course scenes of both styles."""
+    from tomjerry_utils.structure import StructureNet, structure_loss
+
+    options = STEPS["structure"]
+    sets = [pictures(n) for n in ("natural zoo", "cartoon zoo", "cartoon", "natural")]
+    known = np.concatenate([np.full(len(s["image"]), i >= 2) for i, s in enumerate(sets)])
+    images = torch.from_numpy(np.concatenate([s["image"] for s in sets])).permute(0, 3, 1, 2)
+    parts = torch.from_numpy(np.concatenate([s["parts"] for s in sets]))
+    masks = torch.from_numpy(np.concatenate([s["mask"] for s in sets]))
+    # Every kind of picture equally often.
+    ends = np.cumsum([0] + [len(s["image"]) for s in sets])
+    torch.manual_seed(1)
+    net = StructureNet()
+
+    def batches(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        each = options["batch_size"] // 4
+        index = torch.cat(
+            [
+                torch.randint(int(a), int(b), (each,), generator=generator)
+                for a, b in zip(ends[:-1], ends[1:], strict=True)
+            ]
+        )
+        x = images[index].float() / 127.5 - 1
+        p, m = parts[index].long(), masks[index]
+        if torch.rand((), generator=generator) < 0.5:
+            x, p, m = x.flip(3), p.flip(2), m.flip(2)
+        # Other colours, contrasts and blurs, so that drawings it never saw are still read.
+        gain = 1 + 0.35 * (2 * torch.rand(len(x), 3, 1, 1, generator=generator) - 1)
+        lift = 0.25 * (2 * torch.rand(len(x), 3, 1, 1, generator=generator) - 1)
+        x = (x * gain + lift).clamp(-1, 1)
+        x = noisy(x, generator, 0.05 * float(torch.rand((), generator=generator)))
+        return x, p, m == 2, torch.from_numpy(known[index.numpy()])
+
+    def loss(batch: tuple[Tensor, ...], step: int, generator: torch.Generator) -> Any:
+        return structure_loss(net, batch[0], batch[1], batch[2], known=batch[3])
+
+    result = train(
+        {"structure": net}, loss, batches, steps=options["steps"],
+        learning_rate=options["learning_rate"], warmup_steps=100, folder=_work("structure"), seed=1,
+        ema_decay=0.998, precision="bf16", log_every=100, threads=1, describe="structure",
+    )  # fmt: skip
+    apply_ema({"structure": net}, result)
+    return _ship(
+        "structure", lambda folder: net.half().save_pretrained(folder),
+        seconds=result.seconds, history=result.history,
+    )  # fmt: skip
+
+
+def make_blip() -> Path:
+    """Train the tiny BLIP on zoo scenes and their captions ("an animal is …")."""
+    from tomjerry_utils import blip
+
+    data = pictures("natural zoo")
+    texts = [
+        scenes.caption(scenes.describe(int(s), zoo=True), "natural") for s in data["seed"]
+    ]
+    options = STEPS["blip"]
+    result = blip.train_foundation(
+        _work("blip"), data["image"], texts, steps=options["steps"],
+        batch_size=options["batch_size"], learning_rate=options["learning_rate"], seed=2,
+    )  # fmt: skip
+    return _ship(
+        "blip", lambda folder: blip.save(result.blip, folder, half=True),
+        seconds=result.seconds, history=result.history,
+    )  # fmt: skip
+
+
+def make_judges() -> Path:
+    """Train the judges on their own range of seeds."""
+    from tomjerry_utils import judges
+
+    return _ship("judges", **judges.train_judges(_work("judges"), pictures, STEPS["judges"]))
+
+
+def make_denoiser() -> Path:
+    """Train the denoiser on zoo latents, with views and captions, without classes."""
+    from tomjerry_utils import ldm
+
+    options = STEPS["denoiser"]
+    unet, result, facts = ldm.train_foundation(_work("denoiser"), pictures("natural zoo"), options)
+    return _ship(
+        "denoiser", lambda folder: unet.half().save_pretrained(folder),
+        seconds=result.seconds, history=result.history, **facts,
+    )  # fmt: skip
+
+
+def make_translator() -> Path:
+    """Ship the translator that the newest `mini` course made."""
+    from tomjerry_utils.profiles import load_profile
+    from tomjerry_utils.runs import run_root
+
+    made = run_root(load_profile("mini")) / "05_transfer"
+    if not (made / "provenance.json").is_file():
+        raise UserError(f"no finished translator in {made}; run `make course` first")
+    source = read_json(made / "provenance.json")
+
+    def save(folder: Path) -> None:
+        from tomjerry_utils import transfer
+
+        transfer.ship(made, folder)
+
+    return _ship(
+        "translator", save, seconds=source["seconds"],
+        history=read_jsonl(made / "history.jsonl"), made_by="make course", course=source,
+    )  # fmt: skip
+
+
+MAKERS = {
+    "blip": make_blip,
+    "autoencoder": make_autoencoder,
+    "structure": make_structure,
+    "judges": make_judges,
+    "denoiser": make_denoiser,
+    "translator": make_translator,
+}
+
+
+def make(step: str) -> Path:
+    """Run one step of `tomjerry foundation`.
+
+    Raises:
+        UserError: an unknown step, or one that it builds on is missing.
+    """
+    if step not in MAKERS:
+        raise UserError(f"no foundation step {step!r}; choose from {', '.join(MAKERS)}")
+    return MAKERS[step]()
+
+
+def shipped() -> list[dict[str, Any]]:
+    """What ships: rows of name, file, bytes and sha256 of every weight file."""
+    rows = []
+    for path in sorted(foundation_root().rglob("*.safetensors")):
+        name = path.relative_to(foundation_root())
+        rows.append(
+            {
+                "model": name.parts[0], "file": str(name), "bytes": path.stat().st_size,
+                "sha256": hash_file(path),
+            }
+        )  # fmt: skip
+    return rows
