@@ -11,31 +11,26 @@ alone. A resumed run is therefore the uninterrupted run, bit for bit, on the CPU
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tomjerry_utils import UserError
-from tomjerry_utils.runs import atomic_dir, log, read_json, read_jsonl, write_json, write_jsonl
+from tomjerry_utils.checkpoints import Ema, Interrupts, Modules, State, trained_parameters
+from tomjerry_utils.progress import progress
+from tomjerry_utils.runs import log
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Modules = Mapping[str, nn.Module]
 LossFn = Callable[[Any, int, torch.Generator], tuple[Tensor, Mapping[str, Any]]]
 Batches = Callable[[int, torch.Generator], Any]
 OnLog = Callable[[int, dict[str, nn.Module]], None]
@@ -132,10 +127,15 @@ def train(
 
     Raises:
         UserError: a loss or gradient that is not finite, a checkpoint of other settings or a
-            broken one, too little GPU memory.
+            broken one, too little GPU memory, more warm-up than steps, a device that is not there.
     """
-    if steps < 1 or log_every < 1 or not 0 <= warmup_steps <= steps:
-        raise ValueError("need steps >= 1, log_every >= 1 and 0 <= warmup_steps <= steps")
+    if steps < 1 or log_every < 1:
+        raise ValueError("need steps >= 1 and log_every >= 1")
+    if warmup_steps > steps:
+        raise UserError(
+            f"{describe}: warmup_steps {warmup_steps} is more than steps {steps}: "
+            "lower it in the profile"
+        )
     names = list(modules if ema_on is None else ema_on)
     if unknown := set(names) - set(modules):
         raise ValueError(f"ema_on names modules that are not there: {sorted(unknown)}")
@@ -143,9 +143,9 @@ def train(
     accelerator = _accelerator(precision, device)
     for module in modules.values():
         module.to(accelerator.device)
-    trained = _trained_parameters(modules)
+    trained = trained_parameters(modules)
     optimizer = _adamw(trained, learning_rate, betas=betas, weight_decay=weight_decay)
-    ema = _Ema(modules, names, ema_decay) if ema_decay is not None else None
+    ema = Ema(modules, names, ema_decay) if ema_decay is not None else None
     _same_start(trained, ema, accelerator)
 
     settings = {
@@ -162,15 +162,16 @@ def train(
         "seed": seed,
         "weights": {name: list(parameter.shape) for name, parameter in trained.items()},
     }
-    state = _State(
+    state = State(
         Path(folder),
         modules,
-        trained,
-        optimizer,
-        ema,
-        settings,
-        accelerator.num_processes,
-        describe,
+        trained=trained,
+        optimizer=optimizer,
+        ema=ema,
+        settings=settings,
+        processes=accelerator.num_processes,
+        main=accelerator.is_main_process,
+        describe=describe,
     )
     state.load()
     begun = time.monotonic() - state.seconds
@@ -180,10 +181,15 @@ def train(
     with (
         _threads(threads),
         _own_randomness(accelerator.device),
-        _Interrupts() as interrupts,
-        progress(steps, describe, unit="step", initial=state.step) as bar,
+        Interrupts() as interrupts,
+        progress(
+            steps,
+            describe,
+            unit="step",
+            initial=state.step,
+            show=accelerator.is_main_process,
+        ) as bar,
     ):
-        bar.show = accelerator.is_main_process
         _set_training(modules, True)
         saved = time.monotonic()
         over = max_seconds is not None and state.seconds >= max_seconds
@@ -229,10 +235,12 @@ def train(
                 accelerator,
             )
             due = time.monotonic() - saved >= checkpoint_every_s
-            if accelerator.is_main_process and (due or over) and state.step < steps:
+            interrupted = over and interrupts.caught is not None
+            more = state.step < steps
+            if accelerator.is_main_process and (interrupted or (more and (due or over))):
                 state.save()
                 saved = time.monotonic()
-            if over and interrupts.caught is not None:
+            if interrupted:
                 log(f"{describe}: stopped at step {state.step}, checkpoint in {folder}")
                 interrupts.go_on()
 
@@ -289,107 +297,6 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-# ---- progress ----------------------------------------------------------------------------------
-
-
-class Progress:
-    """A bar on a terminal; elsewhere (notebooks, Slurm, CI) a log line about every 30 seconds."""
-
-    def __init__(
-        self, items: Iterable[Any] | int, describe: str, *, unit: str, initial: int, every_s: float
-    ) -> None:
-        self._items = items
-        self._describe = describe
-        self._unit = unit
-        self._every_s = every_s
-        if isinstance(items, int):
-            self.total: int | None = items
-        else:
-            self.total = len(items) if isinstance(items, Sized) else None
-        self.done = self._first = initial
-        self.show = True
-        self._notes: dict[str, float] = {}
-        self._bar: Any = None
-
-    def __enter__(self) -> Self:
-        from tqdm import tqdm
-
-        self._begun = self._logged = time.monotonic()
-        self._bar = tqdm(
-            total=self.total,
-            desc=self._describe,
-            unit=self._unit,
-            initial=self.done,
-            disable=None,
-            dynamic_ncols=True,
-        )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # A last line only where there were others: short work stays silent.
-        if self._bar.disable and self._logged > self._begun and kind is None:
-            self._log()
-        self._bar.close()
-
-    def __iter__(self) -> Iterator[Any]:
-        items = range(self._items) if isinstance(self._items, int) else self._items
-        with self:
-            for item in items:
-                yield item
-                self.update()
-
-    def update(self, count: int = 1) -> None:
-        """Say that `count` more are done."""
-        self.done += count
-        if not self.show:
-            return
-        if not self._bar.disable:
-            self._bar.update(count)
-        elif time.monotonic() - self._logged >= self._every_s:
-            self._log()
-
-    def note(self, **values: float) -> None:
-        """Numbers to show beside the count."""
-        self._notes = values
-        if self.show and not self._bar.disable:
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
-
-    def _log(self) -> None:
-        self._logged = time.monotonic()
-        rate = (self.done - self._first) / max(self._logged - self._begun, 1e-9)
-        line = f"{self._describe}: {self.done}"
-        if self.total:
-            left = (self.total - self.done) / rate if rate else 0.0
-            line += f"/{self.total}, {int(left // 60)}:{int(left % 60):02d} left"
-        line += f", {rate:.3g} {self._unit}/s"
-        if self.show:
-            log(line + "".join(f", {name} {value:.4g}" for name, value in self._notes.items()))
-
-
-def progress(
-    items: Iterable[Any] | int,
-    describe: str,
-    *,
-    unit: str = "it",
-    initial: int = 0,
-    every_s: float = 30.0,
-) -> Progress:
-    """Show how far a loop is: iterate over the result, or use it with `with` and `.update()`.
-
-    Args:
-        items: what to iterate over, or a number of steps.
-        describe: what is being done, in a word or two.
-        initial: how many were done before, in a resumed loop.
-        every_s: seconds between log lines where there is no terminal.
-    """
-    return Progress(items, describe, unit=unit, initial=initial, every_s=every_s)
-
-
 # ---- the parts of a step -----------------------------------------------------------------------
 
 
@@ -405,20 +312,6 @@ def _accelerator(precision: str, device: str) -> Accelerator:
         mixed_precision="bf16" if precision == "bf16" else "no",
         cpu=pick_device(device).type == "cpu",
     )
-
-
-def _trained_parameters(modules: Modules) -> dict[str, nn.Parameter]:
-    trained: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for name, module in modules.items():
-        for key, parameter in module.named_parameters():
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                parameter.data = parameter.data.float()
-                trained[f"{name}/{key}"] = parameter
-    if not trained:
-        raise ValueError("nothing to train: no parameter of these modules has requires_grad")
-    return trained
 
 
 def _adamw(
@@ -439,47 +332,8 @@ def _adamw(
     )
 
 
-class _Ema:
-    """Exponential moving average of the trained parameters of some modules."""
-
-    def __init__(self, modules: Modules, names: Sequence[str], decay: float) -> None:
-        self.decay = decay
-        self.modules = {name: modules[name] for name in names}
-        self.live = _trained_parameters(self.modules)
-        self.shadow = {name: value.detach().clone() for name, value in self.live.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.live.values()), weight)
-
-    def swap(self) -> None:
-        """Exchange live and averaged weights; no number is copied."""
-        for name, parameter in self.live.items():
-            parameter.data, self.shadow[name] = self.shadow[name], parameter.data
-
-    def state_dicts(self) -> dict[str, dict[str, Tensor]]:
-        self.swap()
-        moving = {id(parameter) for parameter in self.live.values()}
-        try:
-            return {
-                name: {
-                    # Frozen weights are shared, not copied: with LoRA they are nearly all.
-                    key: value if _frozen(module, value, moving) else value.detach().clone()
-                    for key, value in module.state_dict(keep_vars=True).items()
-                }
-                for name, module in self.modules.items()
-            }
-        finally:
-            self.swap()
-
-
-def _frozen(module: nn.Module, value: Any, moving: set[int]) -> bool:
-    return isinstance(value, nn.Parameter) and id(value) not in moving
-
-
 @contextmanager
-def _averaged(modules: Modules, ema: _Ema | None) -> Iterator[None]:
+def _averaged(modules: Modules, ema: Ema | None) -> Iterator[None]:
     if ema:
         ema.swap()
     _set_training(modules, False)
@@ -548,7 +402,7 @@ def _clip(parameters: Sequence[nn.Parameter], grad_clip: float | None) -> Tensor
 
 
 def _same_start(
-    trained: Mapping[str, nn.Parameter], ema: _Ema | None, accelerator: Accelerator
+    trained: Mapping[str, nn.Parameter], ema: Ema | None, accelerator: Accelerator
 ) -> None:
     """Every process starts from the weights of the first."""
     if accelerator.num_processes == 1:
@@ -590,267 +444,3 @@ def _agreed(stop: bool, step: int, accelerator: Accelerator) -> bool:
         return False
     votes = torch.tensor(float(stop), device=accelerator.device)
     return bool(accelerator.reduce(votes, reduction="sum") > 0)
-
-
-class _Interrupts:
-    """Holds back Ctrl-C and SIGTERM until the running step is complete."""
-
-    def __init__(self) -> None:
-        self.caught: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            ordinary = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-            for number, handler in ordinary.items():
-                # A signal that someone else handles, or that nohup ignores, stays theirs.
-                if signal.getsignal(number) == handler:
-                    self._before[number] = signal.signal(number, self._catch)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-        if self.caught is not None and kind is None:
-            # It came while the very last step was running, whose work is complete.
-            signal.raise_signal(self.caught)
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.caught is not None:
-            raise KeyboardInterrupt
-        self.caught = number
-
-    def go_on(self) -> None:
-        """Let the caught signal do what it ordinarily does."""
-        caught, self.caught = self.caught, None
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-        if caught is not None:
-            signal.raise_signal(caught)
-        sys.exit(128 + (caught or 0))
-
-
-# ---- what a checkpoint holds -------------------------------------------------------------------
-
-
-class _Window:
-    """Sums since the last log line, left on the device: no step waits for a number."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Any] = {}
-        self.counts: dict[str, int] = {}
-
-    @torch.no_grad()
-    def add(self, **values: Any) -> None:
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def plain(self) -> dict[str, Any]:
-        return {name: [float(value), self.counts[name]] for name, value in self.sums.items()}
-
-    def restore(self, plain: Mapping[str, Any]) -> None:
-        # A float32 sum survives the way through JSON's float64 unchanged.
-        self.sums = {name: torch.tensor(value[0]) for name, value in plain.items()}
-        self.counts = {name: value[1] for name, value in plain.items()}
-
-
-class _State:
-    """All that a resumed run needs, in memory and on disk.
-
-    On disk: `checkpoint/<step>/` with `weights`, `ema` and `optimizer` as safetensors and
-    `state.json`. A checkpoint is complete from the moment it has its name; the one before it is
-    removed after that.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        modules: Modules,
-        trained: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        ema: _Ema | None,
-        settings: dict[str, Any],
-        processes: int,
-        describe: str,
-    ) -> None:
-        self.folder = folder
-        self.checkpoints = folder / "checkpoint"
-        self.modules = modules
-        self.trained = trained
-        self.optimizer = optimizer
-        self.ema = ema
-        self.settings = settings
-        self.processes = processes
-        self.describe = describe
-        self.step = 0
-        self.seconds = 0.0
-        self.window = _Window()
-        self.history: list[dict[str, Any]] = []
-        self.main = int(os.environ.get("RANK", "0")) == 0
-
-    def check_finite(self) -> dict[str, Any]:
-        sums = self.window.plain()
-        for name, what in (("loss", "the loss"), ("grad_norm", "the gradient")):
-            if name in sums and not math.isfinite(sums[name][0]):
-                kept = self._last()
-                where = f"the last good checkpoint is {kept}" if kept else "no checkpoint yet"
-                raise UserError(
-                    f"{self.describe}: {what} stopped being finite at or shortly before step "
-                    f"{self.step} ({where}): lower learning_rate (now "
-                    f"{self.settings['learning_rate']:g}), raise warmup_steps, or use precision fp32"
-                )
-        return sums
-
-    def log_row(self, rate: float) -> dict[str, Any]:
-        means = {name: total / count for name, (total, count) in self.check_finite().items()}
-        loss = means.pop("loss")
-        rest = {name: value if math.isfinite(value) else None for name, value in means.items()}
-        row = {
-            "step": self.step,
-            "loss": loss,
-            **rest,
-            "learning_rate": rate,
-            "seconds": round(self.seconds, 3),
-        }
-        self.window = _Window()
-        self.history.append(row)
-        if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        return row
-
-    def _last(self) -> Path | None:
-        done = [p for p in self.checkpoints.glob("[0-9]*") if p.is_dir()]
-        return max(done, key=lambda path: int(path.name)) if done else None
-
-    def save(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        window = self.check_finite()
-        before = self._last()
-        target = self.checkpoints / f"{self.step:08d}"
-        with atomic_dir(target) as temporary:
-            try:
-                save_file(_plain_tensors(self._weights()), temporary / "weights.safetensors")
-                save_file(_plain_tensors(self._moments()), temporary / "optimizer.safetensors")
-                if self.ema:
-                    save_file(_plain_tensors(self.ema.shadow), temporary / "ema.safetensors")
-            except SafetensorError as error:
-                raise OSError(f"cannot write a checkpoint to {target}: {error}") from None
-            state = {
-                "step": self.step,
-                "seconds": self.seconds,
-                "processes": self.processes,
-                "window": window,
-                "settings": self.settings,
-            }
-            write_json(temporary / "state.json", state)
-        if before is not None and before != target:
-            shutil.rmtree(before)
-
-    def load(self) -> None:
-        """Go to the last checkpoint, if there is one, and cut the history to match."""
-        path = self._last()
-        if path is not None:
-            self._load(path)
-            log(f"{self.describe}: going on from step {self.step} of {self.settings['steps']}")
-        if not self.main:
-            return
-        for stray in self.checkpoints.glob(".tmp-*"):
-            shutil.rmtree(stray)
-        file = self.folder / "history.jsonl"
-        if file.exists():
-            self.history = [row for row in _rows(file) if row["step"] <= self.step]
-            write_jsonl(file, self.history)
-
-    def _load(self, path: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        state = read_json(path / "state.json")
-        changed = [
-            f"{name} {_short(state['settings'].get(name))} → {_short(value)}"
-            for name, value in self.settings.items()
-            if state["settings"].get(name) != value
-        ]
-        if changed:
-            raise UserError(
-                f"{path}: made with other settings ({', '.join(changed)}): "
-                f"set them back, or remove {self.checkpoints} to start anew"
-            )
-        if state["processes"] != self.processes:
-            log(
-                f"{self.describe}: {self.processes} processes instead of {state['processes']}: "
-                "the rest of this run sees other batches"
-            )
-        try:
-            _copy_into(self._weights(), load_file(path / "weights.safetensors"))
-            if self.ema:
-                _copy_into(self.ema.shadow, load_file(path / "ema.safetensors"))
-            moments = load_file(path / "optimizer.safetensors")
-        except (SafetensorError, FileNotFoundError, KeyError, RuntimeError) as error:
-            raise UserError(
-                f"{path}: broken checkpoint ({str(error).splitlines()[0]}): "
-                f"remove {self.checkpoints} to start anew"
-            ) from None
-        for key, value in moments.items():
-            name, slot = key.rsplit("::", 1)
-            parameter = self.trained[name]
-            self.optimizer.state[parameter][slot] = value.to(parameter.device)
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.window.restore(state["window"])
-
-    def remove(self) -> None:
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-
-    def _weights(self) -> dict[str, Tensor]:
-        """Trained parameters and the buffers that a state dict holds (batch norm's statistics)."""
-        tensors: dict[str, Tensor] = dict(self.trained)
-        for name, module in self.modules.items():
-            stored = module.state_dict(keep_vars=True)
-            for key, buffer in module.named_buffers():
-                if key in stored:
-                    tensors[f"{name}/{key}"] = buffer
-        return tensors
-
-    def _moments(self) -> dict[str, Tensor]:
-        return {
-            f"{name}::{slot}": value
-            for name, parameter in self.trained.items()
-            for slot, value in self.optimizer.state.get(parameter, {}).items()
-        }
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a history; a kill may have cut its last line short."""
-    text = path.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-    return read_jsonl(path)
-
-
-def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-
-@torch.no_grad()
-def _copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, target in targets.items():
-        target.copy_(values[name])
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "…"
