@@ -1,0 +1,223 @@
+"""Pictures in and out: load, save, resize, tensors, grids.
+
+In memory a picture is `(H, W, 3)` uint8 RGB. Loading brings every file that Pillow can read into
+that form: turned as its EXIF note says, transparency laid on a soft light ground, CMYK, grey and
+16-bit pictures converted.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tomjerry_utils import UserError
+from tomjerry_utils.runs import atomic_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+GROUND = (244, 240, 232)  # what shows through a transparent picture: warm paper
+MAX_PIXELS = 100_000_000  # larger files are most likely a mistake, or made to exhaust memory
+
+Fit = Literal["crop", "pad", "stretch"]
+
+
+def load_image(path: str | os.PathLike[str], size: int | None = None) -> np.ndarray:
+    """Read a picture file as `(H, W, 3)` uint8 RGB.
+
+    Args:
+        path: any format that Pillow reads; of an animation, the first frame.
+        size: make it square, `(size, size, 3)`, by `resize`; None keeps its own size.
+
+    Raises:
+        UserError: no such file, not a picture, broken, or more than `MAX_PIXELS`.
+    """
+    where = Path(path)
+    try:
+        with warnings.catch_warnings():
+            # The size is checked below, before any pixel is decoded.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(where) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise UserError(
+                        f"{where}: {width}×{height} pixels are more than {MAX_PIXELS // 10**6} "
+                        "million: make the picture smaller first"
+                    )
+                image.load()
+                array = _to_rgb(image)
+    except FileNotFoundError:
+        raise UserError(f"no picture {where}: check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{where} is a folder: give a picture file") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{where}: not a picture that can be read: convert it to PNG") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{where}: far too many pixels: make the picture smaller first") from None
+    except PermissionError:
+        raise UserError(f"{where}: no permission to read it: change its permissions") from None
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: broken picture ({reason}): replace or remove it") from None
+    return array if size is None else resize(array, size)
+
+
+def save_image(path: str | os.PathLike[str], array: np.ndarray, *, quality: int = 92) -> Path:
+    """Write `(H, W, 3)` or `(H, W)` uint8 as PNG or JPEG, by the path's suffix, atomically.
+
+    Equal pictures give equal bytes.
+    """
+    target = Path(path)
+    image = Image.fromarray(np.ascontiguousarray(_check(array)))
+    with atomic_path(target) as temporary:
+        match target.suffix.lower():
+            case ".png":
+                image.save(temporary, format="PNG")
+            case ".jpg" | ".jpeg":
+                image.save(temporary, format="JPEG", quality=quality, subsampling=0)
+            case other:
+                raise UserError(f"{target}: cannot write '{other}': use .png or .jpg")
+    return target
+
+
+def resize(array: np.ndarray, size: int | tuple[int, int], *, fit: Fit = "crop") -> np.ndarray:
+    """Resize a picture with Lanczos' filter.
+
+    Args:
+        array: `(H, W, 3)` or `(H, W)` uint8.
+        size: side of a square, or (height, width).
+        fit: `crop` cuts the longer side evenly to the wanted shape, `pad` lays the whole picture on
+            the soft ground, `stretch` bends it.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"no picture of {height}×{width}")
+    if _check(array).shape[:2] == (height, width):
+        return array.copy()
+    image = Image.fromarray(np.ascontiguousarray(array))
+    match fit:
+        case "crop":
+            # One filter pass straight from the cropped box: no rounding of an intermediate size.
+            scale = min(image.width / width, image.height / height)
+            box_width, box_height = width * scale, height * scale
+            left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
+            box = (left, top, left + box_width, top + box_height)
+            return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+        case "pad":
+            scale = min(width / image.width, height / image.height)
+            inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+            small = np.asarray(image.resize(inner, Image.Resampling.LANCZOS))
+            ground: int | tuple[int, int, int] = GROUND if array.ndim == 3 else GROUND[1]
+            canvas = np.full((height, width, *array.shape[2:]), ground, dtype=np.uint8)
+            top, left = (height - inner[1]) // 2, (width - inner[0]) // 2
+            canvas[top : top + inner[1], left : left + inner[0]] = small
+            return canvas
+        case "stretch":
+            return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    raise ValueError(f"no fit '{fit}': crop, pad or stretch")
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """`(B, H, W, 3)` or `(H, W, 3)` uint8 → `(B, 3, H, W)` float32 in [-1, 1]."""
+    import torch
+
+    batch = images[None] if images.ndim == 3 else images
+    if batch.ndim != 4 or batch.shape[-1] != 3 or batch.dtype != np.uint8:
+        raise ValueError(f"need (B, H, W, 3) uint8, got {images.shape} {images.dtype}")
+    tensor = torch.from_numpy(np.array(batch.transpose(0, 3, 1, 2), order="C"))
+    return tensor.float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(tensor: Tensor) -> np.ndarray:
+    """`(B, 3, H, W)` or `(3, H, W)` float in [-1, 1] → `(B, H, W, 3)` uint8, rounded, clipped."""
+    batch = tensor[None] if tensor.ndim == 3 else tensor
+    levels = batch.detach().float().add(1.0).mul(127.5).round().clamp(0, 255)
+    return levels.byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def grid(
+    images: Sequence[np.ndarray] | np.ndarray,
+    columns: int,
+    pad: int = 2,
+    *,
+    ground: tuple[int, int, int] = (255, 255, 255),
+) -> np.ndarray:
+    """Lay pictures of one size out in rows, with `pad` pixels between them and none outside.
+
+    Returns:
+        One picture, uint8; places left over in the last row show the ground.
+    """
+    if len(images) == 0 or columns < 1:
+        raise ValueError("a grid needs at least one picture and one column")
+    height, width = images[0].shape[:2]
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    shape = (rows * (height + pad) - pad, columns * (width + pad) - pad, 3)
+    sheet = np.full(shape, ground, dtype=np.uint8)
+    for index, image in enumerate(images):
+        if image.shape != (height, width, 3):
+            raise ValueError(f"picture {index} is {image.shape}, the first {(height, width, 3)}")
+        top, left = (index // columns) * (height + pad), (index % columns) * (width + pad)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def list_images(folder: str | os.PathLike[str], *, recursive: bool = True) -> list[Path]:
+    """The picture files of a folder, sorted by path; hidden files and folders are left out.
+
+    Raises:
+        UserError: no such folder, or no picture in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: check the path")
+    found = [
+        path
+        for path in (root.rglob("*") if recursive else root.iterdir())
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
+    if not found:
+        raise UserError(f"no pictures in {root}: need files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return sorted(found)
+
+
+# ---- helpers -----------------------------------------------------------------------------------
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        return _from_wide(np.asarray(image), image.mode)
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    if transparent:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (*GROUND, 255))
+        image = Image.alpha_composite(canvas, image)
+    return np.array(image.convert("RGB"))
+
+
+def _from_wide(values: np.ndarray, mode: str) -> np.ndarray:
+    """16-bit, 32-bit and float grey: Pillow's own conversion would clip them to white."""
+    if not np.isfinite(values).all():
+        raise ValueError("holds numbers that are not finite")
+    top = float(values.max(initial=0))
+    # Only I;16 says what white is; elsewhere the smallest usual white that holds every value.
+    usual = {"I;16": (65535.0,), "F": (1.0, 255.0, 65535.0)}.get(mode[:4], (255.0, 65535.0))
+    white = next((value for value in usual if top <= value), top)
+    grey = (np.clip(values / white, 0.0, 1.0) * 255).round().astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def _check(array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+        raise ValueError(f"need (H, W, 3) or (H, W) uint8, got {array.shape} {array.dtype}")
+    return array
