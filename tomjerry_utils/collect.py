@@ -1,0 +1,384 @@
+"""Stage 01: from sources to images, a manifest, splits and a data sheet.
+
+Every picture met has a row in the manifest, kept or not, with the reason. Three columns say what a
+picture is for:
+
+- `role`: "training" for what the models learn from; "unlabelled" where class or domain is not
+  known; "out_of_domain" for the starter pictures and the film clip, which look like nothing in the
+  training set and serve as honest tests of the translator.
+- `split`: "train" or "validation", a hash of the row's `group`. Pictures of one group (a shot, a
+  character, a scene) never lie on both sides, whatever is added later. Test scenes are never
+  collected: their hidden twins belong to the metrics.
+- `kept`: False for what is damaged, a duplicate, or not wanted; `reason` says which.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tomjerry_utils import UserError, scenes
+from tomjerry_utils import archives as packed
+from tomjerry_utils import sources as src
+from tomjerry_utils.curate import MANIFEST, WORK, collect, kind_of
+from tomjerry_utils.images import load_image
+from tomjerry_utils.profiles import Profile
+from tomjerry_utils.runs import (
+    atomic_dir,
+    data_root,
+    hash_file,
+    hash_obj,
+    log,
+    open_stage,
+    read_jsonl,
+    write_jsonl,
+)
+from tomjerry_utils.sources import Batch, Options, Row
+
+NAME = "01_collect"
+VERSION = 1
+LAYOUTS = ("cyclegan", "imagefolder")
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Collected pictures and what is known of them.
+
+    Attributes:
+        folder: holds `manifest.jsonl` and `images/<domain>/`.
+        rows: all manifest rows, kept and dropped.
+        size: edge of the pictures that `images` gives by default.
+        key: names this very collection.
+    """
+
+    folder: Path
+    rows: list[Row] = field(repr=False)
+    size: int
+    key: str = ""
+
+    def select(
+        self,
+        *,
+        domain: str | None = None,
+        split: str | None = None,
+        cls: str | None = None,
+        source: str | None = None,
+        role: str | None = "training",
+        kept: bool | None = True,
+    ) -> list[Row]:
+        """The rows that fit; None means any.
+
+        A `source` named directly overrides the role, so that `select(source="starter")` works.
+        """
+        if source is not None and role == "training":
+            role = None
+        wanted = {
+            "domain": domain,
+            "split": split,
+            "class": cls,
+            "source": source,
+            "role": role,
+            "kept": kept,
+        }
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        return [row for row in self.rows if all(row[n] == v for n, v in wanted.items())]
+
+    def images(self, rows: Sequence[Row], size: int | None = None) -> np.ndarray:
+        """The pictures of some rows: (N, S, S, 3) uint8, S being `size` or the collection's."""
+        edge = size or self.size
+        out = np.empty((len(rows), edge, edge, 3), np.uint8)
+        for i, row in enumerate(rows):
+            out[i] = load_image(self.folder / row["file_name"], edge)
+        return out
+
+    def path(self, row: Row) -> Path:
+        """Where the picture of a row lies."""
+        return self.folder / str(row["file_name"])
+
+
+def ensure(profile: Profile) -> Collection:
+    """Collect what the profile names, or return at once when it is there.
+
+    Raises:
+        UserError: a source is missing, or another process is collecting.
+    """
+    settings = profile.collect
+    stage = open_stage(profile, NAME, settings, _inputs(profile), VERSION)
+    with stage.lock():
+        if not stage.finished:
+            log(f"{NAME}: collecting {', '.join(settings.sources)} into {stage.folder}")
+            rows = collect(
+                _balanced(_profile_batches(profile, stage.folder / WORK), settings.per_class),
+                stage.folder,
+                short_side=max(profile.image_size, 256),
+                validation_fraction=settings.validation_fraction,
+            )
+            stage.finish(**_summary(rows))
+    rows = read_jsonl(stage.folder / MANIFEST)
+    return Collection(stage.folder, rows, profile.image_size, stage.key)
+
+
+def collect_command(
+    out: Path,
+    *,
+    videos: Sequence[str] = (),
+    folders: Sequence[str] = (),
+    archives: Sequence[str] = (),
+    kaggle: Sequence[str] = (),
+    domain: str = "",
+    every_s: float = 1.0,
+    short_side: int = 512,
+    validation_fraction: float = 0.1,
+) -> Collection:
+    """`tomjerry collect`: the same curation over sources named on the command line.
+
+    The manifest describes the sources of this call; pictures that an earlier call into the same
+    folder left are used again if they fit and removed if they do not.
+
+    Args:
+        out: folder to write to.
+        videos: films, or folders of films.
+        folders: folders of pictures.
+        archives: zip or tar files.
+        kaggle: slugs `owner/name`, or unpacked folders.
+        domain: "cartoon" or "natural" for all of them; "" tells by folder names.
+        every_s: seconds between two frames of a shot.
+        short_side: larger pictures are reduced to this.
+
+    Raises:
+        UserError: no source, a missing one, or `out` and a source inside each other.
+    """
+    from filelock import FileLock, Timeout
+
+    places = [*videos, *folders, *archives, *kaggle]
+    if not places:
+        raise UserError("nothing to collect: name a --video, --folder, --archive or --kaggle")
+    if domain not in ("", *scenes.STYLES):
+        raise UserError(f"no domain '{domain}': {' or '.join(scenes.STYLES)}")
+    if every_s <= 0 or short_side < 8:
+        raise UserError("the seconds between frames must be above 0, the short side at least 8")
+    for place in places:
+        _apart(out, Path(place))
+    for place in (*videos, *folders, *archives):
+        if not Path(place).exists():
+            raise UserError(f"no file or folder {place}: check the path")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give a folder to write to")
+    out.mkdir(parents=True, exist_ok=True)
+    options = Options(out / WORK, domain=domain, every_s=every_s)
+
+    def batches() -> Iterator[Batch]:
+        for place in folders:
+            yield from src.folder_source(place, options)
+        for place in kaggle:
+            yield from packed.kaggle_source(place, options)
+        for place in archives:
+            yield from packed.archive_source(place, options)
+        for place in videos:
+            yield from src.video_source(place, options)
+
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            rows = collect(
+                batches(), out, short_side=short_side, validation_fraction=validation_fraction
+            )
+    except Timeout:
+        raise UserError(f"another process is collecting into {out}: wait, or end it") from None
+    return Collection(out, rows, short_side, hash_obj([row["sha256"] for row in rows]))
+
+
+def gallery(collection: Collection, per_row: int, *, seed: int = 0) -> list[tuple[str, list[Row]]]:
+    """Titled rows of random kept pictures: one for each domain and class, then one a source.
+
+    Args:
+        per_row: pictures in each at most.
+        seed: which ones.
+    """
+    kept = [row for row in collection.rows if row["kept"]]
+    titled: dict[str, list[Row]] = {}
+    for domain in scenes.STYLES:
+        for cls in scenes.CLASSES:
+            label = scenes.label_of(cls, domain)
+            titled[f"{domain}: {label.replace('_', ' and ')}"] = [
+                row for row in kept if row["label"] == label and row["role"] == "training"
+            ]
+    for row in kept:
+        if row["role"] != "training":
+            titled.setdefault(f"{row['source']}: {row['role'].replace('_', ' ')}", []).append(row)
+    rng = random.Random(seed)
+    return [
+        (title, rng.sample(rows, min(per_row, len(rows)))) for title, rows in titled.items() if rows
+    ]
+
+
+def export(collection: Collection, out: Path, *, layout: str) -> dict[str, int]:
+    """`tomjerry export`: the kept training pictures in the layout other translators train on.
+
+    - cyclegan: `trainA`, `testA` (cartoon) and `trainB`, `testB` (natural), as CycleGAN, CUT and
+      their kin read. Their "test" is our validation split: test scenes are never handed out.
+    - imagefolder: `train/` and `validation/`, each with `metadata.jsonl`, as
+      `datasets.load_dataset("imagefolder", data_dir=...)` reads.
+
+    Returns:
+        folder → number of pictures.
+
+    Raises:
+        UserError: unknown layout, `out` holds something, or there is nothing to export.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"no layout '{layout}': {' or '.join(LAYOUTS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already holds something: give a new folder, or empty it first")
+    rows = collection.select()
+    if not rows:
+        raise UserError(f"{collection.folder}: no training pictures to export")
+    counts: Counter[str] = Counter()
+    notes: dict[str, list[Row]] = {}
+    with atomic_dir(out) as temporary:
+        for row in rows:
+            path = collection.path(row)
+            if layout == "cyclegan":
+                side = "A" if row["domain"] == "cartoon" else "B"
+                folder = f"{'train' if row['split'] == 'train' else 'test'}{side}"
+                target = temporary / folder / path.name
+            else:
+                folder = row["split"]
+                name = f"{row['domain']}/{path.name}"
+                target = temporary / folder / name
+                columns = ("text", "domain", "class", "label", "action", "facing", "place")
+                note = {"file_name": name, **{column: row[column] for column in columns}}
+                notes.setdefault(folder, []).append(note)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            counts[folder] += 1
+        for folder, lines in notes.items():
+            write_jsonl(temporary / folder / "metadata.jsonl", lines)
+    return dict(sorted(counts.items()))
+
+
+# ---- what a profile names ------------------------------------------------------------------------
+
+
+def _profile_batches(profile: Profile, work: Path) -> Iterator[Batch]:
+    settings = profile.collect
+    raw = data_root() / "raw"
+    options = Options(
+        work,
+        every_s=settings.clip_every_s,
+        size=profile.image_size,
+        per_class=settings.per_class,
+    )
+    for name in settings.sources:
+        if name == "scenes":
+            yield from src.scene_source("", options)
+        elif name == "starter":
+            yield from src.starter_source(str(data_root() / "starter"), options)
+        elif name == "clip":
+            yield from src.clip_source(str(data_root() / "starter" / "clip"), options)
+        elif name == "kaggle":
+            yield from packed.kaggle_source(settings.kaggle_cartoon, options)
+            yield from packed.kaggle_source(settings.kaggle_cat, options)
+            if settings.mouse_archive:
+                yield from _mice(_found(settings.mouse_archive, raw), options)
+        elif name == "folder":
+            for domain in scenes.STYLES:
+                if _there(raw / domain):
+                    yield from src.folder_source(str(raw / domain), replace(options, domain=domain))
+        elif name == "video" and _there(raw / "video"):
+            yield from src.video_source(str(raw / "video"), options)
+
+
+def _mice(path: Path, options: Options) -> Iterator[Batch]:
+    """The laboratory mice: an archive in which every picture shows one mouse."""
+    rights = "Andresen et al. 2020, doi 10.1371/journal.pone.0228059: to be cited"
+    for batch in packed.archive_source(
+        str(path), replace(options, domain="natural", rights=rights)
+    ):
+        for row in batch.rows:
+            row.update({"class": "jerry", "label": scenes.label_of("jerry", "natural")})
+        yield batch
+
+
+def _found(name: str, raw: Path) -> Path:
+    for path in (Path(name).expanduser(), raw / name):
+        if path.exists():
+            return path
+    raise UserError(
+        f"no archive {raw / name}: save it there (its source is in the profile), or leave "
+        "'mouse_archive' empty to do without"
+    )
+
+
+def _there(folder: Path) -> bool:
+    if not folder.is_dir():
+        log(f"{NAME}: no {folder}, left out; put your own there to have them collected")
+    return folder.is_dir()
+
+
+def _inputs(profile: Profile) -> dict[str, str]:
+    """Hashes of what the sources read, so that a change in them makes the stage anew."""
+    sources = profile.collect.sources
+    starter, raw = data_root() / "starter", data_root() / "raw"
+    inputs = {}
+    if "scenes" in sources:
+        # The renderers' own fingerprint: one small picture of each style.
+        scene = scenes.describe(scenes.RANGES["cartoon"][0])
+        drawn = [scenes.render(scene, style, 32).image.tobytes() for style in scenes.STYLES]
+        inputs["scenes"] = hashlib.sha256(b"".join(drawn)).hexdigest()[:16]
+    for name, path in (
+        ("starter", starter / "attribution.csv"),
+        ("clip", starter / "clip" / "big_buck_bunny_20s.mp4"),
+    ):
+        if name in sources:
+            if not path.is_file():
+                raise UserError(f"{path} is missing: clone the project again")
+            inputs[name] = hash_file(path)[:16]
+    if "folder" in sources or "video" in sources:
+        files = sorted(p for p in raw.rglob("*") if p.is_file()) if raw.is_dir() else []
+        inputs["raw"] = hash_obj([(str(p.relative_to(raw)), p.stat().st_size) for p in files])
+    return inputs
+
+
+def _balanced(batches: Iterable[Batch], per_class: int) -> list[Batch]:
+    """Mark what is more than `per_class` of a class and domain as not wanted, chosen by hash.
+
+    All rows are named before any picture is read, so what is not wanted costs nothing.
+    """
+    named = list(batches)
+    ranked: dict[tuple[str, str], list[tuple[str, Row]]] = {}
+    for batch in named:
+        for row in batch.rows:
+            if row["role"] == "training" and row["class"] and not row["reason"]:
+                rank = hashlib.sha256(f"{row['source']}:{row['file_name']}".encode()).hexdigest()
+                ranked.setdefault((row["domain"], row["class"]), []).append((rank, row))
+    for pairs in ranked.values():
+        for _, row in sorted(pairs, key=lambda pair: pair[0])[per_class:]:
+            row["reason"] = f"over the {per_class} asked for of this class and domain"
+    return named
+
+
+def _apart(out: Path, place: Path) -> None:
+    """Refuse to write into a source, or to read what is being written."""
+    if not place.is_dir():
+        return
+    ours, theirs = out.resolve(), place.resolve()
+    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+        raise UserError(f"{out} and {place} lie inside each other: write to another folder")
+
+
+def _summary(rows: Sequence[Row]) -> dict[str, Any]:
+    kept = [row for row in rows if row["kept"]]
+    return {
+        "met": len(rows),
+        "kept": len(kept),
+        "by_label": dict(sorted(Counter(r["label"] for r in kept if r["label"]).items())),
+        "dropped": dict(Counter(kind_of(row["reason"]) for row in rows if not row["kept"])),
+    }

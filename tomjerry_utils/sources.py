@@ -1,0 +1,441 @@
+"""Where pictures come from: one function per kind of source, all with one signature.
+
+A source takes a place (`where`: a folder, a file, a Kaggle slug) and `Options`, and yields `Batch`
+after `Batch`. A batch names its pictures before it reads them, so that `collect` reads only those
+that an earlier, interrupted run has not finished.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from tomjerry_utils import UserError, films, scenes
+from tomjerry_utils.images import load_image
+from tomjerry_utils.runs import hash_file, hash_obj, log, read_json, write_json
+
+Row = dict[str, Any]
+Loaded = np.ndarray | UserError
+
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif"),
+)
+SAME_SCENE = 64  # numbered files this close together count as one group
+BATCH = 32
+
+# What folder names and label columns call the classes: name → (class, domain it tells of, if any).
+CLASS_NAMES = {
+    "tom": ("tom", "cartoon"),
+    "jerry": ("jerry", "cartoon"),
+    "tom_jerry": ("both", "cartoon"),
+    "tom_jerry_1": ("both", "cartoon"),
+    "both": ("both", ""),
+    "cat": ("tom", ""),
+    "cats": ("tom", ""),
+    "mouse": ("jerry", ""),
+    "mice": ("jerry", ""),
+    "cat_mouse": ("both", ""),
+}
+DOMAIN_NAMES = {
+    "cartoon": "cartoon",
+    "cartoons": "cartoon",
+    "natural": "natural",
+    "photo": "natural",
+    "photos": "natural",
+    "real": "natural",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a source may want to know.
+
+    Attributes:
+        work: a scratch folder that outlives an interrupted run.
+        domain: "cartoon", "natural", or "" to tell by folder names.
+        role: "training", or "out_of_domain" for pictures kept beside the training set.
+        every_s: seconds of film between two kept frames of a shot.
+        size: edge of generated scenes, pixels.
+        per_class: generated scenes per class and domain.
+        rights: what the data sheet says of these pictures' licence.
+    """
+
+    work: Path
+    domain: str = ""
+    role: str = "training"
+    every_s: float = 1.0
+    size: int = 64
+    per_class: int = 0
+    rights: str = "not stated by the source: find out before sharing"
+
+
+@dataclass
+class Batch:
+    """Some pictures of a source, named but not yet read.
+
+    Attributes:
+        rows: manifest rows; `_key` changes when the picture behind a row does. A row that already
+            has a `reason` is never read.
+        load: indices into `rows` → their pictures in that order, (H, W, 3) uint8, or the error.
+        shots: (video, first_frame, time_s) of the film these come from, with its first batch.
+    """
+
+    rows: list[Row]
+    load: Callable[[Sequence[int]], Iterable[Loaded]]
+    shots: list[tuple[str, int, float]] = field(default_factory=list)
+
+
+def make_row(source: str, name: str, key: str, **known: Any) -> Row:
+    """A manifest row: all columns, in order, with what is known now."""
+    row: Row = {
+        "file_name": name,
+        "source": source,
+        "frame": None,
+        "time_s": None,
+        "shot": None,
+        "group": name,
+        "split": "",
+        "class": "",
+        "sha256": "",
+        "kept": False,
+        "reason": "",
+        "domain": "",
+        "label": "",
+        "role": "training",
+        "seed": None,
+        "text": "",
+        "action": "",
+        "facing": "",
+        "place": "",
+        "origin": "",
+        "rights": "",
+        "_key": key,
+    }
+    unknown = known.keys() - row.keys()
+    if unknown:
+        raise KeyError(f"no manifest column {', '.join(sorted(unknown))}")
+    row.update(known)
+    for column, value in row.items():
+        if isinstance(value, str):
+            row[column] = printable(value)
+    if row["class"] and row["domain"] and not row["label"]:
+        row["label"] = scenes.label_of(row["class"], row["domain"])
+    return row
+
+
+# ---- generated scenes ----------------------------------------------------------------------------
+
+
+def scene_source(where: str, options: Options) -> Iterator[Batch]:
+    """Generated scenes of both domains: of each class the first `per_class` seeds of its range.
+
+    Args:
+        where: unused; the scenes are made here.
+    """
+    del where
+    for domain in scenes.STYLES:
+        yield from _scenes_of(domain, options)
+
+
+def _scenes_of(domain: str, options: Options) -> Iterator[Batch]:
+    wanted = dict.fromkeys(scenes.CLASSES, options.per_class)
+    chosen = []
+    for seed in range(*scenes.RANGES[domain]):
+        scene = scenes.describe(seed)
+        if wanted[scene.cls]:
+            wanted[scene.cls] -= 1
+            chosen.append(scene)
+        if not any(wanted.values()):
+            break
+    # Large enough to keep the worker processes busy, small enough for 512 px pictures.
+    step = max(32, min(512, 2**22 // options.size**2))
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    for start in range(0, len(chosen), step):
+        part = chosen[start : start + step]
+        seeds = [scene.seed for scene in part]
+        rows = [
+            make_row(
+                "scenes",
+                f"{scene.seed}",
+                f"{options.size}",
+                domain=domain,
+                role=options.role,
+                group=f"scenes/{scene.seed}",
+                seed=scene.seed,
+                text=scenes.caption(scene, domain),
+                action=scene.action,
+                facing=scene.facing,
+                place=scene.place,
+                origin=f"tomjerry_utils.scenes, seed {scene.seed}",
+                rights="generated by this project, under its own licence",
+                **{"class": scene.cls},
+            )
+            for scene in part
+        ]
+
+        def load(indices: Sequence[int], seeds: list[int] = seeds) -> Iterable[Loaded]:
+            todo = [seeds[i] for i in indices]
+            return list(scenes.render_many(todo, domain, options.size, workers=workers)["image"])
+
+        yield Batch(rows, load)
+
+
+# ---- the starter pictures and the film clip ------------------------------------------------------
+
+
+def starter_source(where: str, options: Options) -> Iterator[Batch]:
+    """The starter pictures, with their licences and character groups, all out of domain.
+
+    Args:
+        where: the folder that holds `attribution.csv`.
+    """
+    folder = Path(where)
+    table = folder / "attribution.csv"
+    if not table.is_file():
+        raise UserError(f"no starter pictures: {table} is missing: clone the project again")
+    with table.open(newline="", encoding="utf-8") as file:
+        records = list(csv.DictReader(file))
+    rows, paths = [], []
+    for record in records:
+        domain = DOMAIN_NAMES[record["domain"]]
+        cls, _ = CLASS_NAMES.get(record["class"], ("", ""))
+        paths.append(folder / record["file"])
+        rows.append(
+            make_row(
+                "starter",
+                f"starter-{Path(record['file']).stem}",
+                record["sha256"],
+                domain=domain,
+                role="out_of_domain",
+                group=f"starter/{record['character_group']}",
+                origin=record["file"],
+                rights=f"{record['licence']}, {record['author']}",
+                **{"class": cls},
+            )
+        )
+    yield from file_batches(rows, paths)
+
+
+def clip_source(where: str, options: Options) -> Iterator[Batch]:
+    """The starter film clip: frames of every shot, out of domain."""
+    rights = "CC-BY-3.0, (c) 2008 Blender Foundation, www.bigbuckbunny.org"
+    yield from video_source(
+        where, replace(options, domain="cartoon", role="out_of_domain", rights=rights), name="clip"
+    )
+
+
+# ---- films ---------------------------------------------------------------------------------------
+
+
+def video_source(where: str, options: Options, *, name: str = "video") -> Iterator[Batch]:
+    """Frames of a film, or of all films of a folder: `every_s` apart in each shot; group = shot.
+
+    A film that cannot be read becomes one dropped row with the reason.
+    """
+    path = Path(where)
+    if not path.exists():
+        raise UserError(f"no film {path}: check the path")
+    paths = [path] if path.is_file() else list_files(path, films.VIDEO_SUFFIXES)
+    if not paths:
+        raise UserError(f"{path}: holds no films ({', '.join(films.VIDEO_SUFFIXES)})")
+    for film in paths:
+        yield from _frames_of(film, options, name)
+
+
+def _frames_of(path: Path, options: Options, name: str) -> Iterator[Batch]:
+    domain = options.domain or "cartoon"
+    try:
+        sha = hash_file(path)[:8]
+        film = _scanned(path, options.work / f"shots-{sha}.json")
+        chosen = film.sample(options.every_s)
+    except (UserError, OSError) as error:
+        stem = f"{plain_name(path.stem)}-{digest(path.name)}"
+        row = make_row(name, stem, "", domain=domain, origin=path.name, reason=one_line(error))
+        yield Batch([row], lambda indices: [])
+        return
+    rows = [
+        make_row(
+            name,
+            f"{plain_name(path.stem)}-{sha}-f{frame:06d}",
+            sha,
+            frame=frame,
+            time_s=film.times[frame],
+            shot=film.shot_of(frame),
+            group=f"{path.name}-{sha}/shot-{film.shot_of(frame):04d}",
+            domain=domain,
+            role=options.role,
+            origin=path.name,
+            rights=options.rights,
+        )
+        for frame in chosen
+    ]
+    frames = films.read_frames(path)
+
+    def load(part: Sequence[int], indices: Sequence[int]) -> Iterator[Loaded]:
+        # Batches are loaded in order, so that one pass over the film serves them all.
+        for wanted in (part[i] for i in indices):
+            picture = next((frame for number, frame in frames if number == wanted), None)
+            if picture is None:
+                yield UserError(f"{path}: frame {wanted} cannot be read")
+            else:
+                yield picture.to_ndarray(format="rgb24")
+
+    shots = [(path.name, first, film.times[first]) for first in film.cuts]
+    for start in range(0, len(rows), BATCH):
+        span = slice(start, start + BATCH)
+        yield Batch(rows[span], partial(load, chosen[span]), shots)
+        shots = []
+
+
+def _scanned(path: Path, cache: Path) -> films.Film:
+    """The film's times and cuts; scanning is the slow half, so an interrupted run keeps it."""
+    if cache.is_file():
+        found = read_json(cache)
+        return films.Film(path, found["times"], found["cuts"])
+    log(f"collect: looking for the shots of {path.name}")
+    film = films.open_film(path)
+    write_json(cache, {"times": film.times, "cuts": film.cuts})
+    return film
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+
+def folder_source(where: str, options: Options, *, name: str = "folder") -> Iterator[Batch]:
+    """All pictures under a folder.
+
+    The class and the domain are read from folder names (`tom`, `cat`, `natural`, ...), and from a
+    `metadata.jsonl` beside the pictures where there is one (columns as in our manifest). Groups:
+    the `group` column, else numbered files in runs of `SAME_SCENE`, else each file by itself.
+
+    Raises:
+        UserError: no such folder, or no pictures in it.
+    """
+    folder = Path(where)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: check the path")
+    paths = list_files(folder, IMAGE_SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+    notes = _metadata(folder)
+    rows = []
+    for path in paths:
+        relative = path.relative_to(folder).as_posix()
+        note = notes.get(relative, {})
+        cls, domain = _told_by_folders([folder.name, *PurePosixPath(relative).parts[:-1]])
+        cls = note.get("class") or cls
+        domain = note.get("domain") or options.domain or domain
+        rows.append(
+            make_row(
+                name,
+                f"{plain_name(path.stem)}-{digest(relative)}",
+                stamp(path),
+                domain=domain if domain in scenes.STYLES else "",
+                role=options.role,
+                group=f"{folder.name}/{note.get('group') or group_of(relative)}",
+                origin=relative,
+                rights=note.get("rights") or options.rights,
+                **{
+                    "class": cls if cls in scenes.CLASSES else "",
+                    **{k: note.get(k) or "" for k in ("text", "action", "facing", "place")},
+                },
+            )
+        )
+    yield from file_batches(rows, paths)
+
+
+def group_of(relative: str) -> str:
+    """The group that a file's name tells of: frames numbered close together are one group."""
+    path = PurePosixPath(relative)
+    found = re.fullmatch(r"(.*?)(\d+)", path.stem)
+    if not found:
+        return relative
+    return (path.parent / f"{found[1]}#{int(found[2]) // SAME_SCENE}").as_posix()
+
+
+def _told_by_folders(names: Sequence[str]) -> tuple[str, str]:
+    """Class and domain as the folders' names tell them; the innermost that tells wins."""
+    cls = domain = hint = ""
+    for name in names:
+        key = re.sub(r"[\s-]+", "_", name.lower())
+        domain = DOMAIN_NAMES.get(key, domain)
+        cls, hint = CLASS_NAMES.get(key, (cls, hint))
+    return cls, domain or hint
+
+
+def _metadata(folder: Path) -> dict[str, Row]:
+    notes: dict[str, Row] = {}
+    for table in sorted(folder.rglob("metadata.jsonl")):
+        at = table.parent.relative_to(folder)
+        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                note = json.loads(line)
+                notes[(at / note["file_name"]).as_posix()] = note
+            except (ValueError, KeyError, TypeError):
+                log(f"collect: {table}, line {number}: not a metadata row, left out")
+    return notes
+
+
+# ---- what all sources share ----------------------------------------------------------------------
+
+
+def file_batches(rows: list[Row], paths: list[Path]) -> Iterator[Batch]:
+    for start in range(0, len(rows), BATCH):
+        part = paths[start : start + BATCH]
+
+        def load(indices: Sequence[int], part: list[Path] = part) -> Iterator[Loaded]:
+            for i in indices:
+                try:
+                    yield load_image(part[i])
+                except (UserError, OSError) as error:
+                    yield UserError(one_line(error))
+
+        yield Batch(rows[start : start + BATCH], load)
+
+
+def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Files with these suffixes under a folder, sorted; hidden ones are left out."""
+    found = []
+    for at, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found += [Path(at, n) for n in names if n.lower().endswith(tuple(suffixes)) and n[0] != "."]
+    return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
+
+
+def stamp(path: Path) -> str:
+    """Changes when the file does, without reading it."""
+    try:
+        state = path.stat()
+    except OSError:
+        return "unreadable"
+    return hash_obj([state.st_size, state.st_mtime_ns])
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def plain_name(stem: str) -> str:
+    """A file name that every system can hold."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._")[:80] or "picture"
+
+
+def printable(text: str) -> str:
+    """A file name may hold bytes that are no text: show those as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
