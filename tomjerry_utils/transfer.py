@@ -61,6 +61,7 @@ class Translator:
     guidance_scale: float
     blip_guidance: float = 0.0
     blip_variant: str = "contrastive"
+    colour: dict[str, Any] | None = None
 
     def translate(
         self, images: np.ndarray, classes: Sequence[str | None] | None = None, *, seed: int = 0,
@@ -248,7 +249,7 @@ def load_translator(folder: Path, profile: Profile) -> Translator:
         net=structure.load_structure(folder / "structure").to(device),
         describer=blip.load(folder / "blip", device), size=facts["size"], steps=facts["sample_steps"],
         guidance_scale=facts["guidance_scale"], blip_guidance=facts["blip_guidance"],
-        blip_variant=facts["blip_variant"],
+        blip_variant=facts["blip_variant"], colour=facts.get("colour"),
     )  # fmt: skip
 
 
@@ -292,7 +293,7 @@ def _write_translator(
             "profile": profile.name, "size": profile.image_size, "sample_steps": options.sample_steps,
             "guidance_scale": options.guidance_scale, "blip_guidance": options.blip_guidance,
             "blip_variant": options.blip_variant, "prediction_type": profile.ldm.prediction_type,
-            "reference": _reference(before, profile),
+            "reference": _reference(before, profile), "colour": _colour(profile),
         },
     )  # fmt: skip
 
@@ -454,6 +455,17 @@ def _reference(before: ldm.LdmRun, profile: Profile) -> dict[str, Any]:
         "features": features.NAME, "centre": [round(float(v), 5) for v in centre],
         "median": float(np.median(inside)), "p95": float(np.quantile(inside, 0.95)), "n": len(rows),
     }  # fmt: skip
+
+
+def _colour(profile: Profile) -> dict[str, Any]:
+    """The natural training pictures' colours, for the rival that only changes those."""
+    from tomjerry_utils import baselines
+
+    pictures = collect.ensure(profile)
+    only = "scenes" if "scenes" in profile.collect.sources else None
+    rows = pictures.select(domain="natural", split="train", source=only)
+    some = rows[:: max(1, len(rows) // 1000)]
+    return baselines.measure_colour(pictures.images(some, profile.image_size))
 
 
 def distance(images: np.ndarray, reference: dict[str, Any]) -> np.ndarray:
