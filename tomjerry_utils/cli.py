@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.handler(arguments)
             sys.stdout.flush()
     except KeyboardInterrupt:
-        print("tomjerry: stopped; the same command goes on from here", file=sys.stderr)
+        print("tomjerry: stopped; start the same command again to go on", file=sys.stderr)
         return STOPPED
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough.

@@ -136,6 +136,7 @@ def execute(source: Path, output: Path, *, parameters: dict[str, Any]) -> float:
             progress_bar=False,
             # The kernel's log lines, so that a long cell is not silent.
             stderr_file=sys.stderr,
+            extra_arguments=["--log-level=50"],
         )
     except PapermillExecutionError as error:
         temporary.replace(failed)

@@ -1,0 +1,39 @@
+"""One torch thread, and runs in a temporary folder: no test touches the repository's own runs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch: on a busy pair of cores two threads are slower than one.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[name] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in ("TOMJERRY_PROFILE", "TOMJERRY_ROOT", "TOMJERRY_NO_TRAINING"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_runs() -> Iterator[Path]:
+    """A run root for the whole session, so that one test's finished stage serves the next."""
+    with tempfile.TemporaryDirectory(prefix="tomjerry-runs-") as folder:
+        before = os.environ.get("TOMJERRY_RUNS")
+        os.environ["TOMJERRY_RUNS"] = folder
+        yield Path(folder)
+        if before is None:
+            os.environ.pop("TOMJERRY_RUNS", None)
+        else:
+            os.environ["TOMJERRY_RUNS"] = before
+
+
+@pytest.fixture
+def fresh_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty run root for one test."""
+    folder = tmp_path / "runs"
+    monkeypatch.setenv("TOMJERRY_RUNS", str(folder))
+    return folder
