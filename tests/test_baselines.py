@@ -1,0 +1,258 @@
+"""The rivals: colours against known values, SDEdit against what it must do at both ends."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tomjerry_utils import UserError, baselines, blip, scenes, structure, transfer
+from tomjerry_utils.autoencoder import (
+    decode,
+    encode,
+    encode_all,
+    measure_latents,
+    tiny_autoencoder,
+)
+from tomjerry_utils.denoiser import Conditioner, make_scheduler, tiny_denoiser, with_attention
+from tomjerry_utils.images import to_uint8
+
+SIZE = 32
+
+
+def tiny_translator(attention: str | None = "ldm", prediction_type: str = "sample") -> Any:
+    """A translator of real classes with random weights, its last layers not zero."""
+    torch.manual_seed(0)
+    vae = tiny_autoencoder(4).eval()
+    describer = blip.create_tiny(scenes.vocabulary(), image_size=SIZE, hidden_size=32)
+    unet = tiny_denoiser(4, structure.VIEW_CHANNELS, dim=32).eval()
+    tones = {style: [0.0] * 3 for style in scenes.STYLES}
+    spread = {style: [1.0] * 3 for style in scenes.STYLES}
+    plain = Conditioner(
+        text_dim=32, dim=32, tone_mean=tones, tone_std=spread, latent_channels=4, factor=4
+    )
+    conditioner = with_attention(plain, attention, structure.VIEW_CHANNELS).eval()
+    if conditioner.attend is not None:
+        torch.nn.init.normal_(conditioner.attend.out.weight)
+    return transfer.Translator(
+        unet=unet,
+        conditioner=conditioner,
+        scheduler=make_scheduler(prediction_type),
+        vae=vae,
+        net=structure.StructureNet().eval(),
+        describer=describer,
+        size=SIZE,
+        steps=3,
+        guidance_scale=1.5,
+    )
+
+
+@pytest.fixture(scope="module")
+def cartoons() -> np.ndarray:
+    return scenes.render_many(range(1_000_000, 1_000_004), "cartoon", SIZE)["image"]
+
+
+@pytest.fixture(scope="module")
+def photographs() -> np.ndarray:
+    return scenes.render_many(range(2_000_000, 2_000_012), "natural", SIZE)["image"]
+
+
+@pytest.fixture(scope="module")
+def translator(photographs: np.ndarray) -> Any:
+    made = tiny_translator()
+    made.colour = baselines.measure_colour(photographs)
+    return made
+
+
+# ---- colours -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rgb", "lab"),
+    [
+        # Published values for sRGB under D65 (brucelindbloom.com, to two places).
+        ((255, 255, 255), (100.0, 0.0, 0.0)),
+        ((0, 0, 0), (0.0, 0.0, 0.0)),
+        ((255, 0, 0), (53.24, 80.09, 67.20)),
+        ((0, 255, 0), (87.73, -86.18, 83.18)),
+        ((0, 0, 255), (32.30, 79.19, -107.86)),
+        ((128, 128, 128), (53.59, 0.0, 0.0)),
+    ],
+)
+def test_lab_of_known_colours(rgb: tuple[int, ...], lab: tuple[float, ...]) -> None:
+    assert baselines.to_lab(np.array(rgb, np.uint8)) == pytest.approx(lab, abs=0.02)
+
+
+def test_lab_and_back_is_the_same_picture() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    assert np.array_equal(baselines.from_lab(baselines.to_lab(images)), images)
+
+
+def test_colour_transfer_brings_the_statistics_over(
+    cartoons: np.ndarray, photographs: np.ndarray
+) -> None:
+    wanted = baselines.measure_colour(photographs)
+    before = baselines.measure_colour(cartoons)
+    after = baselines.measure_colour(baselines.transfer_colour(cartoons, wanted))
+    for name in ("mean", "std"):
+        gap = np.abs(np.subtract(before[name], wanted[name])).sum()
+        left = np.abs(np.subtract(after[name], wanted[name])).sum()
+        # What is left is what no screen can show.
+        assert gap > 5
+        assert left < 0.15 * gap
+
+
+def test_colour_transfer_to_its_own_statistics_changes_nothing(cartoons: np.ndarray) -> None:
+    one = cartoons[:1]
+    made = baselines.transfer_colour(one, baselines.measure_colour(one))
+    assert np.abs(made.astype(int) - one).max() <= 1
+
+
+def test_colour_transfer_keeps_a_flat_picture_flat(photographs: np.ndarray) -> None:
+    flat = np.full((1, SIZE, SIZE, 3), 90, np.uint8)
+    flat[0, 0, 0] = 91
+    made = baselines.transfer_colour(flat, baselines.measure_colour(photographs))
+    assert np.ptp(made.reshape(-1, 3), axis=0).max() <= 8
+
+
+# ---- SDEdit ------------------------------------------------------------------------------------
+
+
+def test_sdedit_leaves_more_of_the_source_the_weaker_it_is(cartoons: np.ndarray) -> None:
+    """With v-prediction even an untrained net keeps what little noise left standing."""
+    model = tiny_translator(None, "v_prediction")
+    measure_latents(model.vae, torch.from_numpy(cartoons))
+    with torch.no_grad():
+        latents = encode_all(model.vae, torch.from_numpy(cartoons))
+        rebuilt = to_uint8(decode(model.vae, latents))
+    away = {}
+    for strength in (0.0, 0.005, 0.3, 0.9):
+        made = baselines.sdedit(
+            model,
+            cartoons,
+            ["tom"] * 4,
+            seed=0,
+            steps=4,
+            strength=strength,
+            guidance_scale=1.0,
+        )
+        away[strength] = np.abs(made.astype(int) - rebuilt).mean()
+    assert away[0.0] == 0
+    assert away[0.005] < away[0.3] < away[0.9]
+    assert away[0.005] < 0.25 * away[0.9]
+
+
+def test_sdedit_takes_the_asked_for_evaluations_at_any_strength(
+    cartoons: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_translator(None)
+    calls: list[int] = []
+    forward = type(model.unet).forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.unet), "forward", counted)
+    for strength in (0.25, 0.6, 1.0):
+        calls.clear()
+        baselines.sdedit(
+            model,
+            cartoons[:1],
+            ["tom"],
+            seed=0,
+            steps=5,
+            strength=strength,
+            guidance_scale=1.0,
+        )
+        assert len(calls) == 5
+
+
+def test_sdedit_sees_the_class_and_neither_view_nor_caption(cartoons: np.ndarray) -> None:
+    """At full strength only the class is left, so two sources with one class come out alike."""
+    model = tiny_translator("ldm")
+    options: dict[str, Any] = {"seed": 3, "steps": 2, "strength": 1.0, "guidance_scale": 1.5}
+    first = baselines.sdedit(model, cartoons[:1], ["tom"], **options)
+    other = baselines.sdedit(model, cartoons[1:2], ["tom"], **options)
+    assert np.array_equal(first, other)
+    # The controls: another class and another seed do change it.
+    assert not np.array_equal(first, baselines.sdedit(model, cartoons[:1], ["jerry"], **options))
+    options["seed"] = 4
+    assert not np.array_equal(first, baselines.sdedit(model, cartoons[:1], ["tom"], **options))
+
+
+def test_sdedit_does_not_depend_on_batches(cartoons: np.ndarray) -> None:
+    model = tiny_translator(None)
+    options: dict[str, Any] = {"seed": 0, "steps": 2, "strength": 0.5, "guidance_scale": 1.0}
+    whole = baselines.sdedit(model, cartoons, ["tom"] * 4, **options)
+    parts = baselines.sdedit(model, cartoons, ["tom"] * 4, batch_size=3, **options)
+    assert np.abs(whole.astype(int) - parts).max() <= 1
+    assert not np.array_equal(whole[0], whole[1])
+
+
+def test_sdedit_refuses_a_strength_that_is_no_share(cartoons: np.ndarray) -> None:
+    with pytest.raises(UserError, match=r"1\.5"):
+        baselines.sdedit(
+            tiny_translator(None),
+            cartoons,
+            ["tom"] * 4,
+            seed=0,
+            steps=2,
+            strength=1.5,
+            guidance_scale=1.0,
+        )
+
+
+# ---- the common door ---------------------------------------------------------------------------
+
+
+def test_every_method_gives_pictures_and_classes(translator: Any, cartoons: np.ndarray) -> None:
+    for method in baselines.METHODS:
+        made, names = baselines.run(
+            method, translator, cartoons, ["tom", None, "auto", "both"], seed=0
+        )
+        assert made.shape == cartoons.shape and made.dtype == np.uint8
+        assert names[0] == "tom" and names[3] == "both"
+        assert set(names) <= set(scenes.CLASSES)
+        assert np.array_equal(made, cartoons) == (method == "identity")
+
+
+def test_sdedit_uses_stage_04_where_it_is_given(translator: Any, cartoons: np.ndarray) -> None:
+    other = tiny_translator(None)
+    torch.nn.init.normal_(other.unet.conv_out.weight)
+    stage = SimpleNamespace(
+        unet=other.unet, conditioner=other.conditioner, vae=other.vae, scheduler=other.scheduler
+    )
+    named = ["tom"] * len(cartoons)
+    own, _ = baselines.run("sdedit", translator, cartoons, named, seed=0)
+    lent, _ = baselines.run("sdedit", translator, cartoons, named, seed=0, model=stage)
+    assert not np.array_equal(own, lent)
+
+
+def test_classes_are_read_off_the_parts(translator: Any, cartoons: np.ndarray) -> None:
+    names = baselines.read_classes(translator, cartoons, [None] * len(cartoons))
+    grid = (SIZE // 4, SIZE // 4)
+    _, maps = structure.look(translator.net, torch.from_numpy(cartoons), grid)
+    assert names == structure.classify(maps)
+
+
+def test_mistakes_are_one_line(cartoons: np.ndarray) -> None:
+    plain = tiny_translator()
+    with pytest.raises(UserError, match="identity, colour, sdedit"):
+        baselines.run("magic", plain, cartoons, ["tom"] * 4, seed=0)
+    with pytest.raises(UserError, match="colour statistics"):
+        baselines.run("colour", plain, cartoons, ["tom"] * 4, seed=0)
+
+
+def test_the_model_was_moved_by_nothing(cartoons: np.ndarray) -> None:
+    """A rival leaves the translator's weights and attention as they were."""
+    model = tiny_translator("poster")
+    before = {k: v.clone() for k, v in model.conditioner.state_dict().items()}
+    baselines.run("sdedit", model, cartoons[:1], ["tom"], seed=0)
+    after = model.conditioner.state_dict()
+    assert model.conditioner.attend is not None
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert encode(model.vae, torch.zeros(1, 3, SIZE, SIZE)).shape == (1, 4, 8, 8)
