@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import signal
 import sys
@@ -153,6 +154,74 @@ def _collect(arguments: argparse.Namespace) -> None:
     print(f"{kept} of {len(made.rows)} pictures kept: {made.folder / 'manifest.jsonl'}")
 
 
+def _caption(arguments: argparse.Namespace) -> None:
+    from tomjerry_utils import captions
+
+    made = captions.caption_folder(
+        arguments.images,
+        arguments.out,
+        base_url=arguments.base_url or captions.OPENAI,
+        model=arguments.model,
+        budget=arguments.budget,
+        concurrency=arguments.concurrency,
+        prompt_version=arguments.prompt_version,
+        price=arguments.price,
+        detail=arguments.detail,
+        timeout=arguments.timeout,
+    )
+    print(
+        f"{len(made.rows)} captions, {len(made.set_aside)} set aside, {made.usd:.4f} USD: "
+        f"{made.folder / captions.CAPTIONS}"
+    )
+
+
+def _translate(arguments: argparse.Namespace) -> None:
+    from tomjerry_utils import transfer
+    from tomjerry_utils.profiles import load_profile
+
+    report = transfer.translate_files(
+        arguments.input,
+        arguments.out,
+        profile=load_profile(arguments.profile),
+        cls=arguments.cls,
+        method=arguments.method,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        weights=arguments.weights,
+        overwrite=arguments.overwrite,
+    )
+    print(f"{len(report)} pictures translated: {arguments.out / 'report.jsonl'}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from tomjerry_utils import metrics
+    from tomjerry_utils.runs import write_json
+
+    scores = metrics.evaluate_folder(arguments.translations, arguments.label)
+    for name, score in scores["metrics"].items():
+        low, high = score["ci95"]
+        print(f"{name:16} {score['value']:8.4f}   95% {low:.4f} to {high:.4f}")
+    print(write_json(arguments.json, scores))
+
+
+def _figures(arguments: argparse.Namespace) -> None:
+    from tomjerry_utils import course
+    from tomjerry_utils.profiles import load_profile
+
+    source, drawn = course.redraw(load_profile(arguments.profile))
+    for path in drawn:
+        print(path)
+    print(f"{len(drawn)} figures redrawn from {source}; nothing was trained")
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from tomjerry_utils import study
+    from tomjerry_utils.profiles import load_profile
+
+    for path in study.run_study(load_profile(arguments.profile), arguments.name or None):
+        print(path)
+
+
 def _scenes(arguments: argparse.Namespace) -> None:
     from tomjerry_utils import draw
 
@@ -276,14 +345,92 @@ def _parser() -> argparse.ArgumentParser:
         help="of all of them; without it, told by the folders' names",
     )
     added.add_argument(
-        "--every", type=float, default=1.0, metavar="SECONDS", help="between film frames (1)"
+        "--every", type=_above_zero, default=1.0, metavar="SECONDS", help="between film frames (1)"
     )
     added.add_argument(
-        "--short-side", type=int, default=512, metavar="PIXELS", help="reduce larger ones (512)"
+        "--short-side", type=_count, default=512, metavar="PIXELS", help="reduce larger ones (512)"
     )
     added.add_argument(
         "--validation", type=float, default=0.1, metavar="SHARE", help="of the groups (0.1)"
     )
+
+    added = command(
+        "caption",
+        _caption,
+        "write captions of a folder of pictures with a paid model, never above a budget",
+        "tomjerry caption run --images frames --model gpt-4.1-mini --budget 2 --out captions",
+        "tomjerry caption run --images frames --base-url http://localhost:8000/v1 --model llava "
+        "--price 0,0 --budget 1 --out captions",
+    )
+    added.add_argument("action", choices=("run",), help="run: caption, or go on where it stopped")
+    added.add_argument("--images", type=Path, required=True, metavar="DIR", help="pictures")
+    added.add_argument("--model", required=True, metavar="M", help="name of the model")
+    added.add_argument(
+        "--budget",
+        type=_above_zero,
+        required=True,
+        metavar="USD",
+        help="never spend more than this",
+    )
+    _out(added)
+    added.add_argument(
+        "--base-url", metavar="URL", help="any server of the Responses API (OpenAI's own)"
+    )
+    added.add_argument(
+        "--concurrency", type=_count, default=8, metavar="N", help="requests under way at once (8)"
+    )
+    added.add_argument(
+        "--price", type=_price, metavar="IN,OUT", help="USD per million tokens of another model"
+    )
+    added.add_argument(
+        "--detail",
+        choices=("auto", "low", "high"),
+        default="auto",
+        help="how closely the model looks (auto)",
+    )
+    added.add_argument(
+        "--prompt-version", default="v1", metavar="V", help="which instruction it is given (v1)"
+    )
+    added.add_argument(
+        "--timeout", type=_above_zero, default=60.0, metavar="SECONDS", help="for one request (60)"
+    )
+
+    added = command(
+        "translate",
+        _translate,
+        "translate cartoons into photographs",
+        "tomjerry translate frame.png --out out",
+        "tomjerry translate data/starter/cartoon/cat --class tom --out out",
+        "tomjerry translate frames --method sdedit --seed 3 --out out --overwrite",
+    )
+    added.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="pictures and folders")
+    _out(added)
+    added.add_argument(
+        "--class",
+        dest="cls",
+        choices=("auto", "tom", "jerry", "both"),
+        default="auto",
+        help="whom the pictures are about; auto reads it off each (auto)",
+    )
+    added.add_argument(
+        "--method", default="ours", metavar="NAME", help="ours, identity, colour or sdedit (ours)"
+    )
+    added.add_argument("--steps", type=_count, metavar="N", help="DDIM steps (the profile's)")
+    added.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the noise (0)")
+    added.add_argument("--weights", type=Path, metavar="DIR", help="a translator's folder")
+    _profile(added)
+    added.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+    added = command(
+        "evaluate",
+        _evaluate,
+        "score a folder of translated test scenes, <seed>.png, against their hidden twins",
+        "tomjerry evaluate --translations out --json out/scores.json",
+        "tomjerry evaluate --translations cut/results --label CUT --json cut.json",
+    )
+    added.add_argument("--translations", type=Path, required=True, metavar="DIR")
+    added.add_argument("--label", default="", metavar="NAME", help="what to call it in the report")
+    added.add_argument("--json", type=Path, required=True, metavar="FILE", help="where to write it")
 
     added = command(
         "export",
@@ -297,6 +444,15 @@ def _parser() -> argparse.ArgumentParser:
     _profile(added)
 
     added = command(
+        "figures",
+        _figures,
+        "redraw the figures from a run or from the committed results, without training",
+        "tomjerry figures",
+        "tomjerry figures --profile smoke",
+    )
+    _profile(added)
+
+    added = command(
         "scenes",
         _scenes,
         "draw generated scenes as pictures with captions and, if wanted, their truth",
@@ -305,7 +461,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     added.add_argument("--style", choices=("cartoon", "natural"), required=True)
     added.add_argument("--seeds", required=True, metavar="A:B", help="A <= seed < B")
-    added.add_argument("--size", type=int, default=64, metavar="PIXELS", help="a side (64)")
+    added.add_argument("--size", type=_count, default=64, metavar="PIXELS", help="a side (64)")
     _out(added)
     added.add_argument("--truth", action="store_true", help="also masks and keypoints")
 
@@ -322,6 +478,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="autoencoder, denoiser, blip, structure, judges or translator; none: list them",
     )
+
+    added = command(
+        "study",
+        _study,
+        "run what takes hours (ablations, rivals, three training seeds) into results/",
+        "tomjerry study",
+        "tomjerry study ablation",
+    )
+    added.add_argument("name", nargs="*", metavar="NAME", help="these studies only")
+    _profile(added)
     return parser
 
 
@@ -339,6 +505,38 @@ def _profile(parser: argparse.ArgumentParser) -> None:
 
 def _out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': give a whole number, 1 or more")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}': give a whole number, 0 or more")
+    return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}': give a number above 0")
+    return value
+
+
+def _price(text: str) -> tuple[float, float]:
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}': give dollars per million tokens as IN,OUT, such as 0.4,1.6"
+        ) from None
+    return first, second
 
 
 def _is_file(name: str | None) -> bool:

@@ -7,10 +7,12 @@ of a run at the default profile, made by `sync` and never by hand.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from tomjerry_utils import UserError
 from tomjerry_utils.profiles import DEFAULT, Profile
 from tomjerry_utils.runs import (
+    NO_TRAINING,
     PROVENANCE,
     atomic_path,
     data_root,
@@ -260,6 +263,49 @@ def publish_figures(profile: Profile) -> list[Path]:
                 shutil.copyfile(path, temporary)
             changed.append(copy)
     return changed
+
+
+def redraw(profile: Profile) -> tuple[Path, list[Path]]:
+    """Draw the figures again without training anything.
+
+    From the profile's run where every notebook has finished: they are executed once more, and no
+    stage may train. Else from the committed `results/`.
+
+    Returns:
+        what they were drawn from, and the figures (PDF).
+
+    Raises:
+        UserError: there is neither, or the run was made with other settings.
+    """
+    folder = run_root(profile) / "notebooks"
+    if all((folder / f"{source.stem}.json").is_file() for source in sources()):
+        log(f"figures: redrawing from the run {run_root(profile)}, nothing is trained")
+        with _no_training():
+            result = run_course(profile, fresh=True)
+        return run_root(profile), result.figures
+    results = project_root() / "results"
+    if not any(results.glob("*.json")):
+        raise UserError(
+            f"nothing to draw from: no finished run in {run_root(profile)} and no {results}: "
+            f"run 'tomjerry course --profile {profile.name}' first"
+        )
+    from tomjerry_utils import study
+
+    log(f"figures: redrawing from the committed {results}, nothing is trained")
+    return results, study.draw_results(results)
+
+
+@contextmanager
+def _no_training() -> Iterator[None]:
+    before = os.environ.get(NO_TRAINING)
+    os.environ[NO_TRAINING] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[NO_TRAINING]
+        else:
+            os.environ[NO_TRAINING] = before
 
 
 # ---- sources and committed copies --------------------------------------------------------------
