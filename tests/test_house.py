@@ -110,8 +110,8 @@ def _imported(path: Path) -> set[str]:
 
 def test_imports_are_declared() -> None:
     ours = CORE | EXTRAS["notebooks"] | {"tomjerry_utils"}
-    # papermill brings these two; nothing else here may lean on a dependency's dependency.
-    brought = {"nbclient"}
+    # papermill is built on nbclient, matplotlib on cycler; nothing else comes by the back door.
+    brought = {"nbclient", "cycler"}
     for path in MODULES:
         third = _imported(path) - set(sys.stdlib_module_names) - {"__future__"} - OPTIONAL
         names = {DISTRIBUTION.get(name, name).lower() for name in third}
