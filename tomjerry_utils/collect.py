@@ -111,7 +111,10 @@ def ensure(profile: Profile) -> Collection:
         UserError: a source is missing, or another process is collecting.
     """
     settings = profile.collect
-    stage = open_stage(profile, NAME, settings, _inputs(profile), VERSION)
+    # The data are the same for every seed: runs that differ in it compare trainings, not pictures.
+    stage = open_stage(
+        profile.model_copy(update={"seed": 0}), NAME, settings, _inputs(profile), VERSION
+    )
     with stage.lock():
         if not stage.finished:
             log(f"{NAME}: collecting {', '.join(settings.sources)} into {stage.folder}")
