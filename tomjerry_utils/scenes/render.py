@@ -307,6 +307,8 @@ def _draw_natural(canvas: _Canvas, scene: Scene, figure: Figure, who: int) -> No
     bare = figure.actor.morph > 0.5  # mouse-like: bare tail, feet and ears
     fuzz = waves(canvas.x, canvas.y, 0.05 * s + 0.016, rng_of(figure.actor.seed, 43), 6)
     strands = rng_of(figure.actor.seed, 44).uniform(0, 6.28, 4).astype(np.float32)
+    # Single hairs are drawn only where pixels are small enough to show them.
+    fine = float(np.clip((1 / 96 - px) * 192, 0, 1))
 
     def draw(layers: tuple[str, ...], *, smooth: float, shade: float = 1.0, fur: bool = True) -> None:
         bodies, ids = _layer(figure, layers)
@@ -314,6 +316,12 @@ def _draw_natural(canvas: _Canvas, scene: Scene, figure: Figure, who: int) -> No
             return
         seen = blend(bodies, canvas.x, canvas.y, smooth, 0.02)
         dist = seen.dist + (0.0035 * s * fuzz if fur else 0.0)
+        if fur and fine:
+            u, v, w = seen.coat
+            hairs = rng_of(figure.actor.seed, 46)
+            streak = waves(0.22 * u + 0.1 * w, v + 0.15 * u, 0.045, hairs, 9)
+            streak = streak + 0.7 * waves(0.3 * u, v - 0.2 * w, 0.022, hairs, 9)
+            dist = dist + fine * 0.0045 * s * waves(canvas.x, canvas.y, 0.02 * s, hairs, 8)
         colour = _markings(name, seen, bodies, base, dark, light, rng_of(figure.actor.seed, 45))
         tints = np.array([b.tint for b in bodies] + ["coat"])[seen.index]
         if bare:
@@ -331,6 +339,8 @@ def _draw_natural(canvas: _Canvas, scene: Scene, figure: Figure, who: int) -> No
             u, v, w = seen.coat
             clump = np.sin(9 * u + 7 * v + strands[2]) + np.sin(8 * v - 11 * w + strands[3])
             hair = np.sin(27 * v + 5 * u + 1.1 * clump + 0.7 * fuzz + strands[0])
+            if fine:
+                lit = lit * (1 + 0.075 * fine * np.clip(streak, -2, 2))
             lit = lit * (1 + 0.055 * hair + 0.035 * clump + 0.02 * fuzz)
         # Near the ground less of the sky is seen.
         low = np.clip((canvas.y - figure.ground) / (0.35 * s), 0, 1)
