@@ -142,7 +142,7 @@ def write_captions(
 
     Both are written even when the source stops early; the error goes on after that.
     """
-    from tomjerry_utils.training import progress
+    from tomjerry_utils.progress import progress
 
     got: dict[str, Caption] = {}
     try:

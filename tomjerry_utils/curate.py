@@ -51,7 +51,7 @@ def collect(
     Returns:
         the manifest's rows.
     """
-    from tomjerry_utils.training import progress
+    from tomjerry_utils.progress import progress
 
     (out / WORK).mkdir(parents=True, exist_ok=True)
     journal = _Journal(out / _JOURNAL)
