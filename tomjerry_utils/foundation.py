@@ -41,7 +41,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "blip": {"steps": 2_500, "batch_size": 32, "learning_rate": 1e-3},
     "structure": {"steps": 4_000, "batch_size": 16, "learning_rate": 2e-3},
     "judges": {"label_steps": 1_500, "pixel_steps": 3_500, "batch_size": 32, "learning_rate": 2e-3},
-    "denoiser": {"steps": 4_000, "batch_size": 32, "learning_rate": 1e-3, "ema_decay": 0.998},
+    "denoiser": {"steps": 2_600, "batch_size": 32, "learning_rate": 1e-3, "ema_decay": 0.998},
 }
 # What is rendered for them: (style, zoo, first seed, count).
 PICTURES = {
@@ -183,7 +183,8 @@ def make_structure() -> Path:
     options = STEPS["structure"]
     sets = [pictures(n) for n in ("natural zoo", "cartoon zoo", "cartoon", "natural")]
     known = np.concatenate([np.full(len(s["image"]), i >= 2) for i, s in enumerate(sets)])
-    images = torch.from_numpy(np.concatenate([s["image"] for s in sets])).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.concatenate([s["image"] for s in sets]))
+    images = images.permute(0, 3, 1, 2).contiguous()
     parts = torch.from_numpy(np.concatenate([s["parts"] for s in sets]))
     masks = torch.from_numpy(np.concatenate([s["mask"] for s in sets]))
     # Every kind of picture equally often.

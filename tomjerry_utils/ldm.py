@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -360,6 +361,8 @@ def train_foundation(
     torch.manual_seed(3)
     text_dim = latents.table.shape[-1]
     unet = tiny_denoiser(vae.config.latent_channels, structure.VIEW_CHANNELS)
+    # torch's fused attention is very slow in bf16 on a CPU; plain products are not.
+    unet.set_attn_processor(AttnProcessor())
     conditioner = Conditioner(
         text_dim=text_dim, dim=unet.config.cross_attention_dim,
         latent_channels=vae.config.latent_channels, factor=factor_of(vae),
@@ -396,7 +399,7 @@ def train_foundation(
     result = train(
         {"unet": unet, "conditioner": conditioner}, loss, batches, steps=options["steps"],
         learning_rate=options["learning_rate"], warmup_steps=200, folder=work, seed=3,
-        ema_decay=options["ema_decay"], log_every=50, on_log=watch, threads=1, describe="denoiser",
+        ema_decay=options["ema_decay"], precision="bf16", log_every=50, on_log=watch, threads=1, describe="denoiser",
         schedule="cosine",
     )  # fmt: skip
     apply_ema({"unet": unet, "conditioner": conditioner}, result)
