@@ -60,6 +60,18 @@ def shot(seed: int, frames: int) -> list[np.ndarray]:
     return [scenes.render(s, "cartoon", 96).image for s in scenes.animate(scene, frames)]
 
 
+def slide(seed: int, frames: int) -> list[np.ndarray]:
+    """A shot that costs one rendering: a camera that moves slowly over a scene."""
+    wide = picture(seed, 128)
+    return [np.ascontiguousarray(wide[16:112, k // 2 : k // 2 + 96]) for k in range(frames)]
+
+
+def pattern(seed: int) -> np.ndarray:
+    """A picture that costs nothing."""
+    coarse = np.random.default_rng(seed).integers(0, 255, (5, 5, 3), np.uint8)
+    return coarse.repeat(8, 0).repeat(8, 1)
+
+
 @pytest.fixture(scope="module")
 def smoke(session_runs: Path) -> collect.Collection:
     return collect.ensure(load_profile("smoke"))
@@ -80,12 +92,12 @@ def test_clip_cuts_are_found_and_nothing_else() -> None:
 
 
 def test_cuts_between_moving_scenes_but_not_flashes_or_pans() -> None:
-    shots = [shot(seed, 18 + seed) for seed in range(6)]
+    shots = [shot(seed, 14 + seed) for seed in range(4)]
     frames = [frame for part in shots for frame in part]
     truth = list(np.cumsum([len(part) for part in shots])[:-1])
     assert films.find_cuts(map(thumb, frames)) == truth
     flashed = list(frames)
-    for i in (8, 9, 27, 70, 71, 72):
+    for i in (7, 22, 23, 38):
         flashed[i] = np.full_like(frames[i], 255)
     assert films.find_cuts(map(thumb, flashed)) == truth
     wide = picture(1, 256)
@@ -374,7 +386,7 @@ def test_kaggle_photos_and_other_layouts(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_command_reads_a_film(tmp_path: Path) -> None:
-    path = film(tmp_path / "my film.mp4", [f for s in range(3) for f in shot(s, 24)])
+    path = film(tmp_path / "my film.mp4", [f for s in range(3) for f in slide(s, 24)])
     out = collect.collect_command(tmp_path / "out", videos=[str(path)], every_s=0.5)
     assert [row["shot"] for row in out.rows] == [0, 0, 1, 1, 2, 2]
     assert all(row["kept"] and row["domain"] == "cartoon" for row in out.rows)
@@ -387,7 +399,7 @@ def test_command_reads_a_film(tmp_path: Path) -> None:
         ("my film.mp4", frame) for frame in (0, 24, 48)
     ]
     shown = out.images([out.rows[0]], 96)[0].astype(float)
-    assert np.abs(shown - shot(0, 24)[out.rows[0]["frame"]]).mean() < 12
+    assert np.abs(shown - slide(0, 24)[out.rows[0]["frame"]]).mean() < 12
 
 
 def test_command_mistakes_are_one_line(tmp_path: Path) -> None:
@@ -431,8 +443,8 @@ def test_second_call_redoes_only_what_changed(tmp_path: Path) -> None:
 
 def test_killed_run_goes_on_to_the_same_manifest(tmp_path: Path) -> None:
     for i in range(150):
-        save(tmp_path / "in" / "tom" / f"{i:03d}.png", picture(i % 70 if i > 80 else i))
-    path = film(tmp_path / "film.mp4", [f for s in range(2) for f in shot(s, 24)])
+        save(tmp_path / "in" / "tom" / f"{i:03d}.png", pattern(i % 70 if i > 80 else i))
+    path = film(tmp_path / "film.mp4", [f for s in range(2) for f in slide(s, 24)])
     arguments = {"folders": [str(tmp_path / "in")], "videos": [str(path)], "every_s": 0.1}
     whole = collect.collect_command(tmp_path / "whole", **arguments)
     # Pictures are made slow, so that the kill falls between them whatever the machine.
