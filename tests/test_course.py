@@ -73,6 +73,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_runs: Path) -
     (root / "notebooks" / "src" / "00_first.py").write_text(FIRST)
     (root / "notebooks" / "src" / "01_second.py").write_text(SECOND)
     monkeypatch.setenv("TOMJERRY_ROOT", str(root))
+    # The package is a part of every key; here it stays the same even while someone edits it.
+    monkeypatch.setattr(course, "_package", dict)
     return root
 
 
@@ -119,6 +121,9 @@ def test_runs_in_order_then_skips(
 def test_what_makes_a_notebook_stale(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = list(course._keys(SMOKE).values())
     assert list(course._keys(SMOKE).values()) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(course, "_package", lambda: {"ldm.py": "edited"})
+        assert all(a != b for a, b in zip(before, course._keys(SMOKE).values(), strict=True))
     other = SMOKE.model_copy(update={"seed": 1})
     assert all(a != b for a, b in zip(before, course._keys(other).values(), strict=True))
     (project / "data" / "foundation" / "blip").mkdir(parents=True)
@@ -127,6 +132,11 @@ def test_what_makes_a_notebook_stale(project: Path, monkeypatch: pytest.MonkeyPa
     before = list(course._keys(SMOKE).values())
     _edit(project, "00_first.py", "1 + 1", "1 + 2")
     assert all(a != b for a, b in zip(before, course._keys(SMOKE).values(), strict=True))
+
+
+def test_the_package_is_hashed_file_by_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert {"course.py", "scenes/render.py", "profiles/mini.yaml"} <= set(course._package())
 
 
 def test_a_lost_stage_makes_its_notebooks_stale(project: Path, fresh_runs: Path) -> None:
@@ -316,3 +326,48 @@ def test_too_large_a_copy_is_refused(
 
 def test_the_committed_notebooks_are_in_step() -> None:
     assert course.check_pairs() == []
+
+
+# ---- redrawing ---------------------------------------------------------------------------------
+
+
+def test_redraw_from_a_run_trains_nothing(
+    project: Path, fresh_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _edit(
+        project,
+        "01_second.py",
+        'print("done")',
+        "from tomjerry_utils import runs\n"
+        "from tomjerry_utils.profiles import load_profile\n\n"
+        "steps = int(os.environ.get('TEST_STEPS', '3'))\n"
+        "stage = runs.open_stage(load_profile(profile), '04_ldm', {'steps': steps}, {})\n"
+        "stage.finished or stage.finish()",
+    )
+    with pytest.raises(UserError, match="nothing to draw from"):
+        course.redraw(SMOKE)
+    course.run_course(SMOKE)
+    trained = (fresh_runs / "smoke" / "04_ldm" / "provenance.json").read_bytes()
+    picture = fresh_runs / "smoke" / "figures" / "first.pdf"
+    before = picture.stat().st_mtime_ns
+    source, drawn = course.redraw(SMOKE)
+    assert source == fresh_runs / "smoke"
+    assert drawn == [picture]
+    assert picture.stat().st_mtime_ns > before
+    # With other settings it would have to train: it says so and leaves the run as it is.
+    monkeypatch.setenv("TEST_STEPS", "4")
+    with pytest.raises(UserError, match="nothing is to be trained now"):
+        course.redraw(SMOKE)
+    assert (fresh_runs / "smoke" / "04_ldm" / "provenance.json").read_bytes() == trained
+    assert runs.NO_TRAINING not in os.environ
+
+
+def test_redraw_from_results(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tomjerry_utils import study
+
+    (project / "results").mkdir()
+    (project / "results" / "compare.json").write_text("{}")
+    monkeypatch.setattr(study, "draw_results", lambda folder: [folder / "drawn.pdf"])
+    source, drawn = course.redraw(SMOKE)
+    assert source == project / "results"
+    assert drawn == [project / "results" / "drawn.pdf"]

@@ -195,13 +195,8 @@ def _translate(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from tomjerry_utils import metrics
-    from tomjerry_utils.runs import write_json
 
-    scores = metrics.evaluate_folder(arguments.translations, arguments.label)
-    for name, score in scores["metrics"].items():
-        low, high = score["ci95"]
-        print(f"{name:16} {score['value']:8.4f}   95% {low:.4f} to {high:.4f}")
-    print(write_json(arguments.json, scores))
+    metrics.evaluate_command(arguments.translations, json=arguments.json, label=arguments.label)
 
 
 def _figures(arguments: argparse.Namespace) -> None:
@@ -429,7 +424,9 @@ def _parser() -> argparse.ArgumentParser:
         "tomjerry evaluate --translations cut/results --label CUT --json cut.json",
     )
     added.add_argument("--translations", type=Path, required=True, metavar="DIR")
-    added.add_argument("--label", default="", metavar="NAME", help="what to call it in the report")
+    added.add_argument(
+        "--label", metavar="NAME", help="what to call it in the report (the folder's name)"
+    )
     added.add_argument("--json", type=Path, required=True, metavar="FILE", help="where to write it")
 
     added = command(

@@ -208,11 +208,10 @@ def _keys(profile: Profile) -> dict[Path, str]:
     """Each source's key, which holds those of all sources before it."""
     root = project_root()
     shipped = [p for kind in ("foundation", "starter") for p in (data_root() / kind).rglob("*")]
-    package = Path(__file__).parent
     key = hash_obj(
         {
             "profile": profile,
-            "package": _hashes([*package.rglob("*.py"), *package.rglob("*.yaml")], package),
+            "package": _package(),
             "data": _hashes(shipped, data_root()),
             "results": _hashes((root / "results").glob("*.json"), root),
         }
@@ -222,6 +221,11 @@ def _keys(profile: Profile) -> dict[Path, str]:
         key = hash_obj([key, source.name, hash_file(source)])
         keys[source] = key
     return keys
+
+
+def _package() -> dict[str, str]:
+    folder = Path(__file__).parent
+    return _hashes([*folder.rglob("*.py"), *folder.rglob("*.yaml")], folder)
 
 
 def _hashes(paths: Iterable[Path], base: Path) -> dict[str, str]:
