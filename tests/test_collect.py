@@ -150,6 +150,7 @@ def test_stage_collects_scenes_starter_and_clip(smoke: collect.Collection) -> No
     starter = smoke.select(source="starter")
     assert {row["role"] for row in starter} == {"out_of_domain"}
     assert len(starter) == 152
+    assert not [row for row in smoke.rows if row["source"] == "starter" and not row["kept"]]
     assert {row["class"] for row in starter} == {"tom", "jerry", ""}
     assert all(row["rights"] for row in starter)
     clip = smoke.select(source="clip")
@@ -265,6 +266,22 @@ def test_metadata_beside_pictures_is_read(tmp_path: Path) -> None:
     (tmp_path / "in" / "metadata.jsonl").write_text(json.dumps(notes) + "\nbroken\n")
     row = collect.collect_command(tmp_path / "out", folders=[str(tmp_path / "in")]).rows[0]
     assert (row["label"], row["text"], row["group"]) == ("tom_jerry", "t", "in/g")
+
+
+def test_attribution_keeps_characters_together(tmp_path: Path) -> None:
+    out = collect.collect_command(tmp_path / "out", folders=[str(STARTER)], short_side=32)
+    with (STARTER / "attribution.csv").open(newline="", encoding="utf-8") as file:
+        told = {
+            r["file"]: r["character_group"]
+            for r in csv.DictReader(file)
+            if not r["file"].endswith(".mp4")
+        }
+    assert {row["group"].removeprefix("starter/") for row in out.rows} == set(told.values())
+    sides: dict[str, set[str]] = {}
+    for row in out.rows:
+        sides.setdefault(told[row["origin"]], set()).add(row["split"])
+    assert all(len(found) == 1 for found in sides.values())
+    assert set().union(*sides.values()) == {"train", "validation"}
 
 
 def test_numbered_frames_share_a_group() -> None:

@@ -205,7 +205,7 @@ def starter_source(where: str, options: Options) -> Iterator[Batch]:
     if not table.is_file():
         raise UserError(f"no starter pictures: {table} is missing: clone the project again")
     with table.open(newline="", encoding="utf-8") as file:
-        records = list(csv.DictReader(file))
+        records = [r for r in csv.DictReader(file) if r["file"].endswith(IMAGE_SUFFIXES)]
     rows, paths = [], []
     for record in records:
         domain = DOMAIN_NAMES[record["domain"]]
@@ -315,9 +315,10 @@ def _scanned(path: Path, cache: Path) -> films.Film:
 def folder_source(where: str, options: Options, *, name: str = "folder") -> Iterator[Batch]:
     """All pictures under a folder.
 
-    The class and the domain are read from folder names (`tom`, `cat`, `natural`, ...), and from a
-    `metadata.jsonl` beside the pictures where there is one (columns as in our manifest). Groups:
-    the `group` column, else numbered files in runs of `SAME_SCENE`, else each file by itself.
+    The class and the domain are read from folder names (`tom`, `cat`, `natural`, ...) and from a
+    `metadata.jsonl` beside the pictures where there is one (columns as in our manifest), rights
+    and groups also from an `attribution.csv` (`file`, `licence`, `character_group`). Without a
+    group told, numbered files share one in runs of `SAME_SCENE`; others are one each.
 
     Raises:
         UserError: no such folder, or no pictures in it.
@@ -384,6 +385,14 @@ def _metadata(folder: Path) -> dict[str, Row]:
                 notes[(at / note["file_name"]).as_posix()] = note
             except (ValueError, KeyError, TypeError):
                 log(f"collect: {table}, line {number}: not a metadata row, left out")
+    credits = folder / "attribution.csv"
+    if credits.is_file():
+        # A set that says which pictures share a character: those must not cross the split.
+        with credits.open(newline="", encoding="utf-8-sig") as file:
+            for record in csv.DictReader(file):
+                note = notes.setdefault(record.get("file") or "", {})
+                note.setdefault("group", record.get("character_group"))
+                note.setdefault("rights", record.get("licence"))
     return notes
 
 
