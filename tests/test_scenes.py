@@ -156,9 +156,7 @@ def test_flow_carries_one_frame_onto_the_next(action: str) -> None:
     frames = scenes.animate(_find("tom", action), 16)
     size = 96
     moved, valid = scenes.flow(frames[4], frames[5], "cartoon", size)
-    first, second = (
-        scenes.render(f, "cartoon", size, truth=True) for f in (frames[4], frames[5])
-    )
+    first, second = (scenes.render(f, "cartoon", size, truth=True) for f in (frames[4], frames[5]))
     assert first.mask is not None
     cols, rows = np.meshgrid(np.arange(size), np.arange(size))
     c = np.clip(np.round(cols + moved[..., 0]).astype(int), 0, size - 1)
@@ -201,4 +199,6 @@ def test_many_scenes_come_in_the_order_of_their_seeds() -> None:
     for i, seed in enumerate(seeds):
         assert (many["image"][i] == scenes.render(scenes.describe(seed), "natural", 32).image).all()
     parallel = scenes.render_many(range(OUTSIDE, OUTSIDE + 40), "cartoon", 16, workers=2)
-    assert (parallel["image"][7] == scenes.render(scenes.describe(OUTSIDE + 7), "cartoon", 16).image).all()
+    assert (
+        parallel["image"][7] == scenes.render(scenes.describe(OUTSIDE + 7), "cartoon", 16).image
+    ).all()

@@ -59,7 +59,7 @@ def from_patches(vae: AutoencoderKL, output: Tensor) -> Tensor:
 
 
 def _statistics(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and deviation (1, C, 1, 1); Stable Diffusion's one factor where none is kept."""
+    """Mean and deviation (C, 1, 1) of each channel; Stable Diffusion's one factor else."""
     mean, std = vae.config.latents_mean, vae.config.latents_std
     if mean is None or std is None:
         scale = 1.0 / vae.config.scaling_factor
@@ -103,14 +103,20 @@ def measure_latents(vae: AutoencoderKL, images: Tensor) -> None:
     latents = encode_all(vae, images)
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     vae.register_to_config(
-        latents_mean=[round(float(v), 6) for v in mean], latents_std=[round(float(v), 6) for v in std]
+        latents_mean=[round(float(v), 6) for v in mean],
+        latents_std=[round(float(v), 6) for v in std],
     )
 
 
 def autoencoder_loss(
-    vae: AutoencoderKL, seen: Tensor, wanted: Tensor, generator: torch.Generator, *,
-    edge_weight: float = 0.5, kl_weight: float = 1e-6,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    vae: AutoencoderKL,
+    seen: Tensor,
+    wanted: Tensor,
+    generator: torch.Generator,
+    *,
+    edge_weight: float = 0.5,
+    kl_weight: float = 1e-6,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Reconstruction (L1 on pixels and on their differences) plus a small KL term.
 
     Args:
@@ -155,7 +161,9 @@ def load_autoencoder(path: str | Path, subfolder: str | None = None) -> Autoenco
         UserError: nothing there that diffusers can read.
     """
     try:
-        vae = AutoencoderKL.from_pretrained(str(path), subfolder=subfolder, torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(
+            str(path), subfolder=subfolder, torch_dtype=torch.float32
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"no autoencoder in {path}: {str(error).splitlines()[0]}; "

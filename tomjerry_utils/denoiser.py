@@ -38,7 +38,9 @@ class SourceAttention(nn.Module):
             raise ValueError(f"attention {reading!r} is neither 'poster' nor 'ldm'")
         self.reading = reading
         self.pool = nn.AvgPool2d(2)
-        query, key = (text_dim, source_channels) if reading == "poster" else (source_channels, text_dim)
+        query, key = (
+            (text_dim, source_channels) if reading == "poster" else (source_channels, text_dim)
+        )
         self.to_q = nn.Linear(query, dim, bias=False)
         self.to_k = nn.Linear(key, dim, bias=False)
         self.to_v = nn.Linear(key, dim, bias=False)
@@ -66,15 +68,23 @@ class Conditioner(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, text_dim: int = 128, dim: int = 128, attention: str | None = None,
-        source_channels: int = 0, tone_mean: dict[str, list[float]] | None = None,
-        tone_std: dict[str, list[float]] | None = None, latent_channels: int = 4, factor: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        text_dim: int = 128,
+        dim: int = 128,
+        attention: str | None = None,
+        source_channels: int = 0,
+        tone_mean: dict[str, list[float]] | None = None,
+        tone_std: dict[str, list[float]] | None = None,
+        latent_channels: int = 4,
+        factor: int = 4,
+    ) -> None:
         super().__init__()
         self.classes = nn.Embedding(NO_CLASS + 1, dim)
         self.text = nn.Linear(text_dim, dim)
         self.no_text = nn.Parameter(torch.zeros(text_dim))
-        self.attend = SourceAttention(attention, source_channels, text_dim, dim) if attention else None
+        self.attend = (
+            SourceAttention(attention, source_channels, text_dim, dim) if attention else None
+        )
 
     def forward(
         self, labels: Tensor, text: Tensor, mask: Tensor, source: Tensor | None = None
@@ -95,7 +105,9 @@ class Conditioner(ModelMixin, ConfigMixin):
         if self.attend is not None and source is not None:
             attended = self.attend(source, text, mask)
             tokens.append(attended)
-            masks.append(mask if self.attend.reading == "poster" else mask.new_ones(attended.shape[:2]))
+            masks.append(
+                mask if self.attend.reading == "poster" else mask.new_ones(attended.shape[:2])
+            )
         return torch.cat(tokens, 1), torch.cat(masks, 1)
 
 
@@ -133,7 +145,9 @@ def make_scheduler(prediction_type: str) -> DDIMScheduler:
     )
 
 
-def to_x0(output: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+def to_x0(
+    output: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
+) -> Tensor:
     """ẑ from a prediction of any kind, given z_t = α z + σ η."""
     if prediction_type == "sample":
         return output
@@ -144,7 +158,9 @@ def to_x0(output: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, predictio
     raise ValueError(f"prediction_type {prediction_type!r}: sample, epsilon or v_prediction")
 
 
-def from_x0(x0: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+def from_x0(
+    x0: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
+) -> Tensor:
     """The prediction of a kind that says ẑ = x0: the inverse of :func:`to_x0`."""
     if prediction_type == "sample":
         return x0
@@ -153,15 +169,23 @@ def from_x0(x0: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, prediction_
 
 
 def weighted_loss(
-    output: Tensor, latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
-    prediction_type: str, gamma: float,
-) -> Tensor:  # fmt: skip
-    """min(SNR, γ)·‖ẑ − z‖² (Hang et al. 2023), written for each parametrisation; (B,).
+    output: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    prediction_type: str,
+    gamma: float,
+) -> Tensor:
+    """w·‖ẑ − z‖² with w = min(max(SNR, 1), γ), written for each parametrisation; (B,).
 
-    One predictor gives the same value in all three: ‖ẑ − z‖² = ‖η̂ − η‖²/SNR = ‖v̂ − v‖²/(SNR + 1).
+    Above SNR 1 this is min-SNR weighting (Hang et al. 2023). Below, plain min-SNR lets the weight
+    of an x0-loss fall to nothing just where sampling starts; there the poster's unweighted loss
+    holds. One predictor gives the same value in all three parametrisations, since
+    ‖ẑ − z‖² = ‖η̂ − η‖²/SNR = ‖v̂ − v‖²/(SNR + 1).
     """
     snr = (alpha / sigma.clamp(min=1e-8)) ** 2
-    weight = snr.clamp(max=gamma).flatten()
+    weight = snr.clamp(1.0, max(gamma, 1.0)).flatten()
     if prediction_type == "sample":
         target = latents
     elif prediction_type == "epsilon":
@@ -189,8 +213,18 @@ class Batch:
     images: Tensor | None = None
     captions: list[str] | None = None
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on a device; `accelerate` calls this for every training batch."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking) if torch.is_tensor(value) else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)
 
-def drop(batch: Batch, *, labels: float, captions: float, view: float, generator: torch.Generator) -> Batch:
+
+def drop(
+    batch: Batch, *, labels: float, captions: float, view: float, generator: torch.Generator
+) -> Batch:
     """Leave conditions out at random, row by row, for classifier-free guidance."""
 
     def chosen(share: float) -> Tensor:
@@ -211,7 +245,11 @@ def drop(batch: Batch, *, labels: float, captions: float, view: float, generator
 
 
 def predict(
-    unet: nn.Module, conditioner: Conditioner, noisy: Tensor, timesteps: Tensor, batch: Batch
+    unet: UNet2DConditionModel,
+    conditioner: Conditioner,
+    noisy: Tensor,
+    timesteps: Tensor,
+    batch: Batch,
 ) -> Tensor:
     """The UNet's output for noisy latents under a batch's conditions."""
     source = batch.view if batch.source is None else batch.source
@@ -222,9 +260,14 @@ def predict(
 
 
 def denoising_loss(
-    unet: nn.Module, conditioner: Conditioner, batch: Batch, scheduler: DDIMScheduler,
-    generator: torch.Generator, *, gamma: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    unet: UNet2DConditionModel,
+    conditioner: Conditioner,
+    batch: Batch,
+    scheduler: DDIMScheduler,
+    generator: torch.Generator,
+    *,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The poster's E‖ẑ_θ(z_t, t, c) − z‖², weighted by min-SNR.
 
     Returns:
@@ -246,10 +289,19 @@ def denoising_loss(
 
 @torch.no_grad()
 def sample(
-    unet: nn.Module, conditioner: Conditioner, batch: Batch, scheduler: Any, *, steps: int,
-    guidance_scale: float, generator: torch.Generator, start: Tensor | None = None,
-    strength: float = 1.0, guide: Any = None, noise: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    unet: UNet2DConditionModel,
+    conditioner: Conditioner,
+    batch: Batch,
+    scheduler: Any,
+    *,
+    steps: int,
+    guidance_scale: float,
+    generator: torch.Generator,
+    start: Tensor | None = None,
+    strength: float = 1.0,
+    guide: Any = None,
+    noise: Tensor | None = None,
+) -> Tensor:
     """Draw latents under a batch's conditions with DDIM (or any diffusers scheduler).
 
     Args:
@@ -271,7 +323,7 @@ def sample(
     latents = noise.to(batch.latents)
     timesteps = scheduler.timesteps
     if start is not None:
-        first = min(int(round(len(timesteps) * (1 - strength))), len(timesteps) - 1)
+        first = min(round(len(timesteps) * (1 - strength)), len(timesteps) - 1)
         timesteps = timesteps[first:]
         latents = scheduler.add_noise(start, latents, timesteps[:1].repeat(len(start)))
     free = drop(batch, labels=1.1, captions=1.1, view=0.0, generator=generator)
@@ -292,14 +344,19 @@ def sample(
 
 
 def save_denoiser(unet: UNet2DConditionModel, conditioner: Conditioner, folder: Path) -> None:
-    """`unet/`, `conditioner/` and `scheduler/` under a folder; the UNet loads in plain diffusers."""
+    """Write `unet/` and `conditioner/` under a folder; the UNet loads in plain diffusers."""
     unet.save_pretrained(folder / "unet")
     conditioner.save_pretrained(folder / "conditioner")
 
 
 def load_denoiser(
-    source: str | Path, subfolder: str = "", *, text_dim: int, latent_channels: int, factor: int,
-) -> tuple[UNet2DConditionModel, Conditioner]:  # fmt: skip
+    source: str | Path,
+    subfolder: str = "",
+    *,
+    text_dim: int = 0,
+    latent_channels: int = 4,
+    factor: int = 8,
+) -> tuple[UNet2DConditionModel, Conditioner]:
     """A UNet by folder or hub name, with its conditioner, or a new one where none came with it.
 
     Raises:
@@ -317,12 +374,16 @@ def load_denoiser(
             "make it with `tomjerry foundation denoiser` or name another in the profile"
         ) from None
     if (path / "conditioner").is_dir():
-        conditioner = Conditioner.from_pretrained(str(path / "conditioner"), torch_dtype=torch.float32)
+        conditioner = Conditioner.from_pretrained(
+            str(path / "conditioner"), torch_dtype=torch.float32
+        )
     else:
         conditioner = Conditioner(
-            text_dim=text_dim, dim=unet.config.cross_attention_dim,
-            latent_channels=latent_channels, factor=factor,
-        )  # fmt: skip
+            text_dim=text_dim,
+            dim=unet.config.cross_attention_dim,
+            latent_channels=latent_channels,
+            factor=factor,
+        )
     return unet, conditioner
 
 
@@ -333,6 +394,7 @@ def widen(unet: UNet2DConditionModel, channels: int) -> None:
         return
     old = unet.conv_in
     new = nn.Conv2d(channels, old.out_channels, old.kernel_size, padding=old.padding)
+    assert new.bias is not None
     with torch.no_grad():
         new.weight.zero_()
         new.weight[:, : unet.config.in_channels] = old.weight
@@ -341,13 +403,16 @@ def widen(unet: UNet2DConditionModel, channels: int) -> None:
     unet.register_to_config(in_channels=channels)
 
 
-def with_attention(conditioner: Conditioner, attention: str | None, source_channels: int) -> Conditioner:
+def with_attention(
+    conditioner: Conditioner, attention: str | None, source_channels: int
+) -> Conditioner:
     """A copy of a conditioner with a (new) source attention, whose output starts at zero."""
     config = {k: v for k, v in conditioner.config.items() if not k.startswith("_")}
     config.update(attention=attention, source_channels=source_channels)
     fresh = Conditioner(**config)
     fresh.load_state_dict(
-        {k: v for k, v in conditioner.state_dict().items() if not k.startswith("attend")}, strict=False
+        {k: v for k, v in conditioner.state_dict().items() if not k.startswith("attend")},
+        strict=False,
     )
     if fresh.attend is not None:
         nn.init.zeros_(fresh.attend.out.weight)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,13 @@ def pictures(name: str) -> dict[str, np.ndarray]:
     """
     style, zoo, first, count = PICTURES[name]
     kind = "zoo" if zoo else "scenes"
-    path = project_root() / "runs" / "foundation" / kind / f"{style}_{SIZE}_{first}_{first + count}.npz"
+    path = (
+        project_root()
+        / "runs"
+        / "foundation"
+        / kind
+        / f"{style}_{SIZE}_{first}_{first + count}.npz"
+    )
     if not path.is_file():
         log(f"foundation: drawing {count} {name} scenes")
         parts: list[dict[str, np.ndarray]] = []
@@ -102,9 +109,13 @@ def _work(name: str) -> Path:
 
 
 def _ship(
-    name: str, save: Callable[[Path], None], *, seconds: float, history: list[dict[str, Any]],
+    name: str,
+    save: Callable[[Path], None],
+    *,
+    seconds: float,
+    history: list[dict[str, Any]],
     **facts: Any,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a finished model with its log into data/foundation, all at once."""
     target = foundation_root() / name
     with atomic_dir(target) as folder:
@@ -134,8 +145,14 @@ def _ship(
 def make_autoencoder() -> Path:
     """Train the autoencoder on zoo pictures of both styles; measure it on held-out scenes."""
     from tomjerry_utils.autoencoder import (
-        autoencoder_loss, decode, encode, fine_band_energy, measure_latents, psnr, tiny_autoencoder,
-    )  # fmt: skip
+        autoencoder_loss,
+        decode,
+        encode,
+        fine_band_energy,
+        measure_latents,
+        psnr,
+        tiny_autoencoder,
+    )
 
     options = STEPS["autoencoder"]
     both = np.concatenate([pictures("natural zoo")["image"], pictures("cartoon zoo")["image"]])
@@ -160,20 +177,37 @@ def make_autoencoder() -> Path:
         seen = noisy(wanted, torch.Generator().manual_seed(1))
         back = decode(vae, encode(vae, seen))
         fur = fine_band_energy(back, mask) / fine_band_energy(wanted, mask)
-        scores.update(psnr_db=round(float(psnr(back, wanted).mean()), 2), fur_energy=round(float(fur), 3))
+        scores.update(
+            psnr_db=round(float(psnr(back, wanted).mean()), 2), fur_energy=round(float(fur), 3)
+        )
         log(f"autoencoder {step}: {scores}")
 
     result = train(
-        {"vae": vae}, loss, batches, steps=options["steps"], learning_rate=options["learning_rate"],
-        warmup_steps=100, folder=_work("autoencoder"), seed=0, ema_decay=0.998, weight_decay=0.0,
-        precision="bf16", log_every=200, on_log=look, threads=1, describe="autoencoder",
-    )  # fmt: skip
+        {"vae": vae},
+        loss,
+        batches,
+        steps=options["steps"],
+        learning_rate=options["learning_rate"],
+        warmup_steps=100,
+        folder=_work("autoencoder"),
+        seed=0,
+        ema_decay=0.998,
+        weight_decay=0.0,
+        precision="bf16",
+        log_every=200,
+        on_log=look,
+        threads=1,
+        describe="autoencoder",
+    )
     apply_ema({"vae": vae}, result)
     measure_latents(vae, torch.from_numpy(both[:2000]))
     return _ship(
-        "autoencoder", lambda folder: vae.half().save_pretrained(folder),
-        seconds=result.seconds, history=result.history, held_out=scores,
-    )  # fmt: skip
+        "autoencoder",
+        lambda folder: vae.half().save_pretrained(folder),
+        seconds=result.seconds,
+        history=result.history,
+        held_out=scores,
+    )
 
 
 def make_structure() -> Path:
@@ -195,10 +229,7 @@ def make_structure() -> Path:
     def batches(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         each = options["batch_size"] // 4
         index = torch.cat(
-            [
-                torch.randint(int(a), int(b), (each,), generator=generator)
-                for a, b in zip(ends[:-1], ends[1:], strict=True)
-            ]
+            [torch.randint(int(a), int(b), (each,), generator=generator) for a, b in pairwise(ends)]
         )
         x = images[index].float() / 127.5 - 1
         p, m = parts[index].long(), masks[index]
@@ -215,15 +246,27 @@ def make_structure() -> Path:
         return structure_loss(net, batch[0], batch[1], batch[2], known=batch[3])
 
     result = train(
-        {"structure": net}, loss, batches, steps=options["steps"],
-        learning_rate=options["learning_rate"], warmup_steps=100, folder=_work("structure"), seed=1,
-        ema_decay=0.998, precision="bf16", log_every=100, threads=1, describe="structure",
-    )  # fmt: skip
+        {"structure": net},
+        loss,
+        batches,
+        steps=options["steps"],
+        learning_rate=options["learning_rate"],
+        warmup_steps=100,
+        folder=_work("structure"),
+        seed=1,
+        ema_decay=0.998,
+        precision="bf16",
+        log_every=100,
+        threads=1,
+        describe="structure",
+    )
     apply_ema({"structure": net}, result)
     return _ship(
-        "structure", lambda folder: net.half().save_pretrained(folder),
-        seconds=result.seconds, history=result.history,
-    )  # fmt: skip
+        "structure",
+        lambda folder: net.half().save_pretrained(folder),
+        seconds=result.seconds,
+        history=result.history,
+    )
 
 
 def make_blip() -> Path:
@@ -231,18 +274,23 @@ def make_blip() -> Path:
     from tomjerry_utils import blip
 
     data = pictures("natural zoo")
-    texts = [
-        scenes.caption(scenes.describe(int(s), zoo=True), "natural") for s in data["seed"]
-    ]
+    texts = [scenes.caption(scenes.describe(int(s), zoo=True), "natural") for s in data["seed"]]
     options = STEPS["blip"]
     result = blip.train_foundation(
-        _work("blip"), data["image"], texts, steps=options["steps"],
-        batch_size=options["batch_size"], learning_rate=options["learning_rate"], seed=2,
-    )  # fmt: skip
+        _work("blip"),
+        data["image"],
+        texts,
+        steps=options["steps"],
+        batch_size=options["batch_size"],
+        learning_rate=options["learning_rate"],
+        seed=2,
+    )
     return _ship(
-        "blip", lambda folder: blip.save(result.blip, folder, half=True),
-        seconds=result.seconds, history=result.history,
-    )  # fmt: skip
+        "blip",
+        lambda folder: blip.save(result.blip, folder, half=True),
+        seconds=result.seconds,
+        history=result.history,
+    )
 
 
 def make_judges() -> Path:
@@ -259,9 +307,12 @@ def make_denoiser() -> Path:
     options = STEPS["denoiser"]
     unet, result, facts = ldm.train_foundation(_work("denoiser"), pictures("natural zoo"), options)
     return _ship(
-        "denoiser", lambda folder: unet.half().save_pretrained(folder),
-        seconds=result.seconds, history=result.history, **facts,
-    )  # fmt: skip
+        "denoiser",
+        lambda folder: unet.half().save_pretrained(folder),
+        seconds=result.seconds,
+        history=result.history,
+        **facts,
+    )
 
 
 def make_translator() -> Path:
@@ -280,9 +331,13 @@ def make_translator() -> Path:
         transfer.ship(made, folder)
 
     return _ship(
-        "translator", save, seconds=source["seconds"],
-        history=read_jsonl(made / "history.jsonl"), made_by="make course", course=source,
-    )  # fmt: skip
+        "translator",
+        save,
+        seconds=source["seconds"],
+        history=read_jsonl(made / "history.jsonl"),
+        made_by="make course",
+        course=source,
+    )
 
 
 MAKERS = {
@@ -313,8 +368,10 @@ def shipped() -> list[dict[str, Any]]:
         name = path.relative_to(foundation_root())
         rows.append(
             {
-                "model": name.parts[0], "file": str(name), "bytes": path.stat().st_size,
+                "model": name.parts[0],
+                "file": str(name),
+                "bytes": path.stat().st_size,
                 "sha256": hash_file(path),
             }
-        )  # fmt: skip
+        )
     return rows

@@ -21,18 +21,41 @@ from torch import Tensor
 
 from tomjerry_utils import blip, collect, structure
 from tomjerry_utils.autoencoder import (
-    autoencoder_loss, decode, encode_all, factor_of, load_autoencoder, measure_latents,
-)  # fmt: skip
+    autoencoder_loss,
+    decode,
+    encode_all,
+    factor_of,
+    load_autoencoder,
+    measure_latents,
+)
 from tomjerry_utils.denoiser import (
-    NO_CLASS, Batch, Conditioner, denoising_loss, drop, load_denoiser, make_scheduler, repeat_texts,
-    sample, save_denoiser, tiny_denoiser,
-)  # fmt: skip
+    NO_CLASS,
+    Batch,
+    Conditioner,
+    denoising_loss,
+    drop,
+    load_denoiser,
+    make_scheduler,
+    repeat_texts,
+    sample,
+    save_denoiser,
+    tiny_denoiser,
+)
 from tomjerry_utils.images import save_image, to_uint8
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import (
-    Stage, atomic_dir, atomic_path, foundation_root, hash_file, model_source, open_stage, read_json,
-    read_jsonl, write_json,
-)  # fmt: skip
+    Stage,
+    atomic_dir,
+    atomic_path,
+    foundation_root,
+    hash_file,
+    hash_obj,
+    model_source,
+    open_stage,
+    read_json,
+    read_jsonl,
+    write_json,
+)
 from tomjerry_utils.scenes import LABELS, PARTS
 from tomjerry_utils.training import TrainResult, apply_ema, pick_device, train
 
@@ -65,32 +88,40 @@ class LatentSet:
         """The batch of some pictures, (B,) indices."""
         rows = self.row[index]
         return Batch(
-            latents=self.latents[index], labels=self.labels[index], text=self.table[rows],
-            mask=self.masks[rows], view=self.views[index].float(),
-        )  # fmt: skip
+            latents=self.latents[index],
+            labels=self.labels[index],
+            text=self.table[rows],
+            mask=self.masks[rows],
+            view=self.views[index].float(),
+        )
 
     def save(self, path: Path) -> None:
         """Write the set as safetensors, atomically; the file names go into a JSON beside it."""
         with atomic_path(path) as temporary:
-            save_file(
-                {k: getattr(self, k).contiguous() for k in _TENSORS}, temporary
-            )
+            save_file({k: getattr(self, k).contiguous() for k in _TENSORS}, temporary)
         write_json(path.with_suffix(".json"), {"texts": self.texts, "files": self.files})
 
     @classmethod
     def load(cls, path: Path) -> LatentSet:
         """Read what :meth:`save` wrote."""
-        return cls(**load_file(path), **read_json(path.with_suffix(".json")))
+        stored: dict[str, Any] = {**load_file(path), **read_json(path.with_suffix(".json"))}
+        return cls(**stored)
 
 
 _TENSORS = ("latents", "views", "labels", "table", "masks", "row")
 
 
 def latent_set(
-    images: np.ndarray, labels: Sequence[str | None], texts: Sequence[str], *, vae: AutoencoderKL,
-    net: structure.StructureNet, describer: blip.Blip, tone: tuple[list[float], list[float]] | None,
+    images: np.ndarray,
+    labels: Sequence[str | None],
+    texts: Sequence[str],
+    *,
+    vae: AutoencoderKL,
+    net: structure.StructureNet,
+    describer: blip.Blip,
+    tone: tuple[list[float], list[float]] | None,
     files: Sequence[str] = (),
-) -> tuple[LatentSet, tuple[list[float], list[float]]]:  # fmt: skip
+) -> tuple[LatentSet, tuple[list[float], list[float]]]:
     """Encode pictures of one domain with everything the denoisers are conditioned on.
 
     Args:
@@ -103,12 +134,14 @@ def latent_set(
     """
     pictures = torch.from_numpy(images)
     latents = encode_all(vae, pictures)
-    views, _ = structure.look(net, pictures, tuple(latents.shape[-2:]))
+    views, _ = structure.look(net, pictures, (latents.shape[-2], latents.shape[-1]))
     tone = tone or structure.tone_statistics(views)
     views = structure.standardise(views, *tone)
     table, masks, row = repeat_texts(texts, describer, TEXT_LENGTH)
     numbers = torch.tensor([NO_CLASS if v is None else LABELS.index(v) for v in labels])
-    return LatentSet(latents, views.half(), numbers, table, masks, row, sorted(set(texts)), list(files)), tone
+    return LatentSet(
+        latents, views.half(), numbers, table, masks, row, sorted(set(texts)), list(files)
+    ), tone
 
 
 def join(sets: Sequence[LatentSet]) -> LatentSet:
@@ -118,9 +151,15 @@ def join(sets: Sequence[LatentSet]) -> LatentSet:
         rows.append(part.row + offset)
         offset += len(part.table)
     return LatentSet(
-        *(torch.cat([getattr(s, k) for s in sets]) for k in _TENSORS[:-1]),
-        torch.cat(rows), [t for s in sets for t in s.texts], [f for s in sets for f in s.files],
-    )  # fmt: skip
+        latents=torch.cat([s.latents for s in sets]),
+        views=torch.cat([s.views for s in sets]),
+        labels=torch.cat([s.labels for s in sets]),
+        table=torch.cat([s.table for s in sets]),
+        masks=torch.cat([s.masks for s in sets]),
+        row=torch.cat(rows),
+        texts=[t for s in sets for t in s.texts],
+        files=[f for s in sets for f in s.files],
+    )
 
 
 @dataclass(eq=False)
@@ -147,7 +186,14 @@ def ensure(profile: Profile) -> LdmRun:
     inputs = {
         "captions": hash_file(described.folder / "all_captions.jsonl"),
         "manifest": hash_file(pictures.folder / "manifest.jsonl"),
-        "structure": profile.transfer.structure,
+        **{
+            name: fingerprint(source)
+            for name, source in (
+                ("structure", profile.transfer.structure),
+                ("autoencoder", profile.ldm.autoencoder),
+                ("denoiser", profile.ldm.denoiser),
+            )
+        },
     }
     stage = open_stage(profile, STAGE, _settings(profile), inputs)
     if not stage.finished:
@@ -157,33 +203,43 @@ def ensure(profile: Profile) -> LdmRun:
     return load(stage.folder, profile)
 
 
+def fingerprint(source: str) -> str:
+    """What names the weights a stage starts from: their hashes in a local folder, or a hub id."""
+    folder = Path(model_source(source))
+    if not folder.is_dir():
+        return source
+    files = {str(p.relative_to(folder)): hash_file(p) for p in folder.rglob("*.safetensors")}
+    return hash_obj(files)
+
+
 def load(folder: Path, profile: Profile) -> LdmRun:
     """Read a finished stage 04."""
     device = pick_device(profile.device)
     vae = load_autoencoder(folder / "autoencoder").to(device)
-    unet, conditioner = load_denoiser(folder / "denoiser", **_sizes(vae, 0))
+    unet, conditioner = load_denoiser(folder / "denoiser")
     samples = {}
     for label in LABELS:
         with np.load(folder / "samples.npz") as stored:
             samples[label] = stored[label]
     return LdmRun(
-        folder=folder, vae=vae, unet=unet.to(device).eval(), conditioner=conditioner.to(device).eval(),
+        folder=folder,
+        vae=vae,
+        unet=unet.to(device).eval(),
+        conditioner=conditioner.to(device).eval(),
         scheduler=make_scheduler(profile.ldm.prediction_type),
         cartoon=LatentSet.load(folder / "cartoon.safetensors"),
         natural=LatentSet.load(folder / "natural.safetensors"),
         autoencoder_history=read_jsonl(folder / "autoencoder_training" / "history.jsonl")
-        if (folder / "autoencoder_training" / "history.jsonl").is_file() else [],
+        if (folder / "autoencoder_training" / "history.jsonl").is_file()
+        else [],
         history=read_jsonl(folder / "denoiser_training" / "history.jsonl"),
-        samples=samples, key=read_json(folder / "provenance.json")["key"],
-    )  # fmt: skip
+        samples=samples,
+        key=read_json(folder / "provenance.json")["key"],
+    )
 
 
 def _settings(profile: Profile) -> dict[str, Any]:
     return {**profile.ldm.model_dump(mode="json"), "precision": profile.precision}
-
-
-def _sizes(vae: AutoencoderKL, text_dim: int) -> dict[str, int]:
-    return {"text_dim": text_dim, "latent_channels": vae.config.latent_channels, "factor": factor_of(vae)}
 
 
 def _make(
@@ -192,12 +248,20 @@ def _make(
     """Autoencoder, then latents, then denoiser, then samples; finished parts are not redone."""
     folder, device, options = stage.folder, pick_device(profile.device), profile.ldm
     train_rows = {
-        domain: pictures.select(domain=domain, split="train", source="scenes" if "scenes" in profile.collect.sources else None)
+        domain: pictures.select(
+            domain=domain,
+            split="train",
+            source="scenes" if "scenes" in profile.collect.sources else None,
+        )
         for domain in ("cartoon", "natural")
     }
     if not (folder / "autoencoder" / "config.json").is_file():
-        vae = load_autoencoder(model_source(options.autoencoder), options.autoencoder_subfolder or None)
-        images = np.concatenate([pictures.images(train_rows[d], profile.image_size) for d in train_rows])
+        vae = load_autoencoder(
+            model_source(options.autoencoder), options.autoencoder_subfolder or None
+        )
+        images = np.concatenate(
+            [pictures.images(train_rows[d], profile.image_size) for d in train_rows]
+        )
         tune_autoencoder(vae, images, profile, folder / "autoencoder_training")
         with atomic_dir(folder / "autoencoder") as target:
             vae.save_pretrained(target)
@@ -210,27 +274,42 @@ def _make(
     for domain, rows in train_rows.items():
         images = pictures.images(rows, profile.image_size)
         sets[domain], tones[domain] = latent_set(
-            images, [r["label"] for r in rows], [texts[r["file_name"]] for r in rows],
-            vae=vae, net=net, describer=described.blip, tone=None,
+            images,
+            [r["label"] for r in rows],
+            [texts[r["file_name"]] for r in rows],
+            vae=vae,
+            net=net,
+            describer=described.blip,
+            tone=None,
             files=[r["file_name"] for r in rows],
-        )  # fmt: skip
+        )
         if not (folder / f"{domain}.json").is_file():
             sets[domain].save(folder / f"{domain}.safetensors")
     both = join([sets["cartoon"], sets["natural"]])
 
     text_dim = both.table.shape[-1]
     unet, conditioner = load_denoiser(
-        model_source(options.denoiser), options.denoiser_subfolder, **_sizes(vae, text_dim)
+        model_source(options.denoiser),
+        options.denoiser_subfolder,
+        text_dim=text_dim,
+        latent_channels=vae.config.latent_channels,
+        factor=factor_of(vae),
     )
     conditioner.register_to_config(
         tone_mean={d: t[0] for d, t in tones.items()}, tone_std={d: t[1] for d, t in tones.items()}
     )
     scheduler = make_scheduler(options.prediction_type)
     result = train_denoiser(
-        unet.to(device), conditioner.to(device), both, scheduler, profile,
-        folder=folder / "denoiser_training", steps=options.steps, batch_size=options.batch_size,
+        unet.to(device),
+        conditioner.to(device),
+        both,
+        scheduler,
+        profile,
+        folder=folder / "denoiser_training",
+        steps=options.steps,
+        batch_size=options.batch_size,
         learning_rate=options.learning_rate,
-    )  # fmt: skip
+    )
     apply_ema({"unet": unet, "conditioner": conditioner}, result)
     with atomic_dir(folder / "denoiser") as target:
         save_denoiser(unet, conditioner, target)
@@ -243,7 +322,9 @@ def _make(
     stage.finish(loss=result.history[-1]["loss"], denoiser_seconds=result.seconds)
 
 
-def tune_autoencoder(vae: AutoencoderKL, images: np.ndarray, profile: Profile, folder: Path) -> None:
+def tune_autoencoder(
+    vae: AutoencoderKL, images: np.ndarray, profile: Profile, folder: Path
+) -> None:
     """Fine-tune the autoencoder on the collected pictures and measure its latents."""
     options = profile.ldm
     pictures = torch.from_numpy(images)
@@ -251,58 +332,102 @@ def tune_autoencoder(vae: AutoencoderKL, images: np.ndarray, profile: Profile, f
     if options.autoencoder_steps:
 
         def batches(step: int, generator: torch.Generator) -> Tensor:
-            index = torch.randint(len(pictures), (options.autoencoder_batch_size,), generator=generator)
+            index = torch.randint(
+                len(pictures), (options.autoencoder_batch_size,), generator=generator
+            )
             return pictures[index].permute(0, 3, 1, 2).float() / 127.5 - 1
 
         def loss(batch: Tensor, step: int, generator: torch.Generator) -> Any:
             return autoencoder_loss(vae, batch, batch, generator)
 
         result = train(
-            {"vae": vae}, loss, batches, steps=options.autoencoder_steps,
+            {"vae": vae},
+            loss,
+            batches,
+            steps=options.autoencoder_steps,
             learning_rate=options.autoencoder_learning_rate,
-            warmup_steps=min(options.warmup_steps, options.autoencoder_steps), folder=folder,
-            seed=profile.seed, ema_decay=0.99, weight_decay=0.0, precision=profile.precision,
-            device=profile.device, threads=profile.threads, log_every=max(1, options.autoencoder_steps // 20),
-            checkpoint_every_s=profile.checkpoint_every_s, describe="04 autoencoder", keep_checkpoint=True,
-        )  # fmt: skip
+            warmup_steps=min(options.warmup_steps, options.autoencoder_steps),
+            folder=folder,
+            seed=profile.seed,
+            ema_decay=0.99,
+            weight_decay=0.0,
+            precision=profile.precision,
+            device=profile.device,
+            threads=profile.threads,
+            log_every=max(1, options.autoencoder_steps // 20),
+            checkpoint_every_s=profile.checkpoint_every_s,
+            describe="04 autoencoder",
+            keep_checkpoint=True,
+        )
         apply_ema({"vae": vae}, result)
     vae.to(device)
-    measure_latents(vae, pictures[torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:1000]])
+    measure_latents(
+        vae,
+        pictures[torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:1000]],
+    )
 
 
 def train_denoiser(
-    unet: UNet2DConditionModel, conditioner: Conditioner, data: LatentSet, scheduler: DDIMScheduler,
-    profile: Profile, *, folder: Path, steps: int, batch_size: int, learning_rate: float,
-) -> TrainResult:  # fmt: skip
+    unet: UNet2DConditionModel,
+    conditioner: Conditioner,
+    data: LatentSet,
+    scheduler: DDIMScheduler,
+    profile: Profile,
+    *,
+    folder: Path,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+) -> TrainResult:
     """Train on latents with classes, captions and views dropped at the profile's rates."""
     options = profile.ldm
 
     def batches(step: int, generator: torch.Generator) -> Batch:
         index = torch.randint(len(data), (batch_size,), generator=generator)
         return drop(
-            data.batch(index), labels=options.class_dropout, captions=options.caption_dropout,
-            view=options.structure_dropout, generator=generator,
-        )  # fmt: skip
+            data.batch(index),
+            labels=options.class_dropout,
+            captions=options.caption_dropout,
+            view=options.structure_dropout,
+            generator=generator,
+        )
 
-    def loss(batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        batch: Batch, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         value, _, _ = denoising_loss(
             unet, conditioner, batch, scheduler, generator, gamma=options.min_snr_gamma
         )
         return value, {}
 
     return train(
-        {"unet": unet, "conditioner": conditioner}, loss, batches, steps=steps,
-        learning_rate=learning_rate, warmup_steps=min(options.warmup_steps, steps), folder=folder,
-        seed=profile.seed, ema_decay=options.ema_decay, precision=profile.precision,
-        device=profile.device, threads=profile.threads, log_every=max(1, steps // 40),
-        checkpoint_every_s=profile.checkpoint_every_s, describe="04 denoiser", keep_checkpoint=True,
-    )  # fmt: skip
+        {"unet": unet, "conditioner": conditioner},
+        loss,
+        batches,
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup_steps=min(options.warmup_steps, steps),
+        folder=folder,
+        seed=profile.seed,
+        ema_decay=options.ema_decay,
+        precision=profile.precision,
+        device=profile.device,
+        threads=profile.threads,
+        log_every=max(1, steps // 40),
+        checkpoint_every_s=profile.checkpoint_every_s,
+        describe="04 denoiser",
+        keep_checkpoint=True,
+    )
 
 
 def sample_classes(
-    unet: UNet2DConditionModel, conditioner: Conditioner, vae: AutoencoderKL, data: LatentSet,
-    scheduler: DDIMScheduler, profile: Profile,
-) -> dict[str, np.ndarray]:  # fmt: skip
+    unet: UNet2DConditionModel,
+    conditioner: Conditioner,
+    vae: AutoencoderKL,
+    data: LatentSet,
+    scheduler: DDIMScheduler,
+    profile: Profile,
+) -> dict[str, np.ndarray]:
     """Free samples of each label, with neither view nor caption: uint8 (n, S, S, 3) each."""
     options, out = profile.ldm, {}
     count = options.samples_per_class
@@ -311,18 +436,17 @@ def sample_classes(
         batch.labels = torch.full((count,), i)
         batch = drop(batch, labels=0.0, captions=1.1, view=1.1, generator=torch.Generator())
         latents = sample(
-            unet, conditioner, _to(batch, unet.device), scheduler, steps=options.sample_steps,
+            unet,
+            conditioner,
+            batch.to(unet.device),
+            scheduler,
+            steps=options.sample_steps,
             guidance_scale=options.guidance_scale,
             generator=torch.Generator().manual_seed(profile.seed * 1000 + i),
-        )  # fmt: skip
+        )
         with torch.no_grad():
             out[label] = to_uint8(decode(vae, latents))
     return out
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(batch).items()}
-    return Batch(**moved)
 
 
 def mirrored_text(text: str) -> str:
@@ -364,9 +488,11 @@ def train_foundation(
     # torch's fused attention is very slow in bf16 on a CPU; plain products are not.
     unet.set_attn_processor(AttnProcessor())
     conditioner = Conditioner(
-        text_dim=text_dim, dim=unet.config.cross_attention_dim,
-        latent_channels=vae.config.latent_channels, factor=factor_of(vae),
-    )  # fmt: skip
+        text_dim=text_dim,
+        dim=unet.config.cross_attention_dim,
+        latent_channels=vae.config.latent_channels,
+        factor=factor_of(vae),
+    )
     scheduler = make_scheduler("sample")
 
     def batches(step: int, generator: torch.Generator) -> Batch:
@@ -377,31 +503,56 @@ def train_foundation(
         batch.view = batch.view + shake * torch.randn(batch.view.shape, generator=generator)
         return drop(batch, labels=0.0, captions=0.15, view=0.15, generator=generator)
 
-    def loss(batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        batch: Batch, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return denoising_loss(unet, conditioner, batch, scheduler, generator, gamma=5.0)[0], {}
 
     def watch(step: int, modules: dict[str, Any]) -> None:
         if step % 400 and step != options["steps"]:
             return
-        pick = latents.batch(torch.arange(0, 12) * 97)
+        pick = latents.batch(torch.arange(0, 12) * 97 % len(latents))
         drawn = sample(
-            unet, conditioner, pick, scheduler, steps=6, guidance_scale=1.0,
+            unet,
+            conditioner,
+            pick,
+            scheduler,
+            steps=6,
+            guidance_scale=1.0,
             generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+        )
         free = drop(pick, labels=1.1, captions=0.0, view=1.1, generator=torch.Generator())
         loose = sample(
-            unet, conditioner, free, scheduler, steps=12, guidance_scale=1.0,
+            unet,
+            conditioner,
+            free,
+            scheduler,
+            steps=12,
+            guidance_scale=1.0,
             generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
-        rows = [np.concatenate(list(to_uint8(decode(vae, z))), 1) for z in (pick.latents, drawn, loose)]
+        )
+        rows = [
+            np.concatenate(list(to_uint8(decode(vae, z))), 1) for z in (pick.latents, drawn, loose)
+        ]
         save_image(work / "samples" / f"{step:06d}.png", np.concatenate(rows, 0))
 
     result = train(
-        {"unet": unet, "conditioner": conditioner}, loss, batches, steps=options["steps"],
-        learning_rate=options["learning_rate"], warmup_steps=200, folder=work, seed=3,
-        ema_decay=options["ema_decay"], precision="bf16", log_every=50, on_log=watch, threads=1, describe="denoiser",
+        {"unet": unet, "conditioner": conditioner},
+        loss,
+        batches,
+        steps=options["steps"],
+        learning_rate=options["learning_rate"],
+        warmup_steps=200,
+        folder=work,
+        seed=3,
+        ema_decay=options["ema_decay"],
+        precision="bf16",
+        log_every=50,
+        on_log=watch,
+        threads=1,
+        describe="denoiser",
         schedule="cosine",
-    )  # fmt: skip
+    )
     apply_ema({"unet": unet, "conditioner": conditioner}, result)
     return _Bundle(unet, conditioner), result, {"pictures": len(latents), "parts": list(PARTS)}
 

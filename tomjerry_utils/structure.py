@@ -96,7 +96,7 @@ def structure_loss(
 
 
 def probabilities(net: StructureNet, images: Tensor) -> Tensor:
-    """(B, len(PARTS) + 1, H, W) in [0, 1]: part probabilities and the mouse's share of each pixel."""
+    """(B, len(PARTS) + 1, H, W) in [0, 1]: parts' probabilities and each pixel's mouse share."""
     logits = net(images).float()
     parts = logits[:, :MOUSE].softmax(1)
     animal = parts[:, FIRST_ANIMAL_PART:].sum(1, keepdim=True)
@@ -140,7 +140,12 @@ def view(maps: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def look(
-    net: StructureNet, images: Tensor, grid: tuple[int, int], *, size: int = 64, batch_size: int = 64
+    net: StructureNet,
+    images: Tensor,
+    grid: tuple[int, int],
+    *,
+    size: int = 64,
+    batch_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Views and part maps of many pictures; the net sees them at the size that it learnt on.
 
@@ -148,12 +153,15 @@ def look(
         images: (N, H, W, 3) uint8.
 
     Returns:
-        (N, VIEW_CHANNELS, h, w) float32, tones not standardised, and (N, len(PARTS) + 1, size, size).
+        (N, VIEW_CHANNELS, h, w) float32, tones not standardised, and the maps
+        (N, len(PARTS) + 1, size, size).
     """
     device = next(net.parameters()).device
     views, maps = [], []
     for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size].to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        batch = (
+            images[start : start + batch_size].to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        )
         if batch.shape[-2:] != (size, size):
             batch = F.interpolate(batch, size=(size, size), mode="area")
         part = probabilities(net, batch)
@@ -175,7 +183,9 @@ def standardise(views: Tensor, mean: list[float], std: list[float]) -> Tensor:
     return torch.cat([views[:, :-3], (views[:, -3:] - centre) / spread], 1)
 
 
-def exaggerate(views: Tensor, generator: torch.Generator, *, head: float, eye: bool = True) -> Tensor:
+def exaggerate(
+    views: Tensor, generator: torch.Generator, *, head: float, eye: bool = True
+) -> Tensor:
     """Views of natural animals as a cartoonist would draw them: larger heads, far larger eyes.
 
     The two domains' views differ in proportions, and a model trained on exact views would give a
@@ -222,7 +232,7 @@ def exaggerate(views: Tensor, generator: torch.Generator, *, head: float, eye: b
 
 
 def head_ratio(drawn: Tensor, natural: Tensor) -> float:
-    """How much larger heads are drawn than they are, along an edge, from two unpaired sets of views."""
+    """How much larger heads are drawn than they are, along an edge, from unpaired views."""
 
     def size(views: Tensor) -> float:
         share = (F.pixel_shuffle(views[:, :-3].float(), 2) + 1) / 2
@@ -249,8 +259,6 @@ def load_structure(path: str | Path) -> StructureNet:
         UserError: no such model there.
     """
     if not (Path(path) / "config.json").is_file():
-        raise UserError(
-            f"no structure net in {path}; make it with `tomjerry foundation structure`"
-        )
+        raise UserError(f"no structure net in {path}; make it with `tomjerry foundation structure`")
     net = StructureNet.from_pretrained(str(path), torch_dtype=torch.float32)
     return net.eval()

@@ -22,15 +22,32 @@ from torch import Tensor
 from tomjerry_utils import UserError, blip, collect, ldm, structure
 from tomjerry_utils.autoencoder import decode, factor_of, load_autoencoder
 from tomjerry_utils.denoiser import (
-    Batch, Conditioner, denoising_loss, drop, load_denoiser, make_scheduler, sample, save_denoiser,
-    widen, with_attention,
-)  # fmt: skip
+    Batch,
+    Conditioner,
+    denoising_loss,
+    drop,
+    load_denoiser,
+    make_scheduler,
+    sample,
+    save_denoiser,
+    widen,
+    with_attention,
+)
 from tomjerry_utils.images import to_uint8
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import (
-    Stage, atomic_dir, foundation_root, log, model_source, open_stage, read_json, read_jsonl,
-    run_root, write_json,
-)  # fmt: skip
+    Stage,
+    atomic_dir,
+    foundation_root,
+    log,
+    model_source,
+    open_stage,
+    read_json,
+    read_jsonl,
+    run_root,
+    write_json,
+    write_jsonl,
+)
 from tomjerry_utils.scenes import CLASSES, LABELS
 from tomjerry_utils.training import TrainResult, apply_ema, pick_device, progress, train
 
@@ -64,20 +81,30 @@ class Translator:
     colour: dict[str, Any] | None = None
 
     def translate(
-        self, images: np.ndarray, classes: Sequence[str | None] | None = None, *, seed: int = 0,
-        steps: int | None = None, blip_guidance: float | None = None, batch_size: int = 50,
-        start: str = "noise", strength: float = 1.0,
-    ) -> Translation:  # fmt: skip
+        self,
+        images: np.ndarray,
+        classes: Sequence[str | None] | None = None,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        blip_guidance: float | None = None,
+        batch_size: int = 50,
+        start: str = "noise",
+        strength: float = 1.0,
+        numbers: Sequence[int] | None = None,
+    ) -> Translation:
         """Translate cartoons.
 
         Args:
             images: (N, S, S, 3) uint8 at the translator's size.
             classes: tom, jerry, both, or None to read the class off the picture.
-            seed: noise of picture i depends on (seed, i) alone.
+            seed: a picture's noise depends on this and on its number alone.
+            numbers: the pictures' numbers; None counts them from 0.
             steps: DDIM steps; None for the profile's.
             start, strength: "source" begins from the noised source latents (SDEdit).
         """
         out, captions, names = [], [], []
+        places = range(len(images)) if numbers is None else numbers
         for begin in range(0, len(images), batch_size):
             part = images[begin : begin + batch_size]
             wanted = None if classes is None else classes[begin : begin + batch_size]
@@ -85,10 +112,15 @@ class Translator:
             captions += conditions.captions
             names += conditions.classes
             latents = self._sample(
-                conditions, part, seed=seed, first=begin, steps=steps or self.steps,
+                conditions,
+                part,
+                seed=seed,
+                numbers=places[begin : begin + batch_size],
+                steps=steps or self.steps,
                 blip_guidance=self.blip_guidance if blip_guidance is None else blip_guidance,
-                start=start, strength=strength,
-            )  # fmt: skip
+                start=start,
+                strength=strength,
+            )
             with torch.no_grad():
                 out.append(to_uint8(decode(self.vae, latents)))
         return Translation(np.concatenate(out), names, captions)
@@ -99,10 +131,16 @@ class Translator:
         pictures = torch.from_numpy(images)
         grid = (images.shape[1] // factor_of(self.vae), images.shape[2] // factor_of(self.vae))
         views, maps = structure.look(self.net, pictures, grid)
-        tone = (self.conditioner.config.tone_mean["cartoon"], self.conditioner.config.tone_std["cartoon"])
+        tone = (
+            self.conditioner.config.tone_mean["cartoon"],
+            self.conditioner.config.tone_std["cartoon"],
+        )
         views = structure.standardise(views, *tone)
         read = structure.classify(maps)
-        names = [r if c in (None, "auto") else c for r, c in zip(read, classes or [None] * len(images), strict=True)]
+        names = [
+            r if c in (None, "auto") else c
+            for r, c in zip(read, classes or [None] * len(images), strict=True)
+        ]
         captions = [
             with_subject(blip.to_natural(text), name)
             for text, name in zip(self.describer.generate(images), names, strict=True)
@@ -112,17 +150,27 @@ class Translator:
         labels = torch.tensor([LABELS.index("cat") + CLASSES.index(n) for n in names])
         channels = self.vae.config.latent_channels
         batch = Batch(
-            latents=torch.zeros(len(images), channels, *grid), labels=labels, text=text.cpu().float(),
-            mask=mask.cpu(), view=views,
-        )  # fmt: skip
-        return Conditions(ldm._to(batch, device), names, captions)
+            latents=torch.zeros(len(images), channels, *grid),
+            labels=labels,
+            text=text.cpu().float(),
+            mask=mask.cpu(),
+            view=views,
+        )
+        return Conditions(batch.to(device), names, captions)
 
     def _sample(
-        self, conditions: Conditions, images: np.ndarray, *, seed: int, first: int, steps: int,
-        blip_guidance: float, start: str, strength: float,
-    ) -> Tensor:  # fmt: skip
+        self,
+        conditions: Conditions,
+        images: np.ndarray,
+        *,
+        seed: int,
+        numbers: Sequence[int],
+        steps: int,
+        blip_guidance: float,
+        start: str,
+        strength: float,
+    ) -> Tensor:
         batch = conditions.batch
-        generator = _Each(seed, first)
         source = None
         if start == "source":
             from tomjerry_utils.autoencoder import encode_all
@@ -131,12 +179,20 @@ class Translator:
         guide = None
         if blip_guidance:
             guide = self._guide(images, conditions.captions, blip_guidance)
-        noise = generator.noise(batch.latents.shape)
+        noise = _noise(batch.latents.shape[1:], seed, numbers)
         return sample(
-            self.unet, self.conditioner, batch, self.scheduler, steps=steps,
-            guidance_scale=self.guidance_scale, generator=torch.Generator().manual_seed(seed),
-            noise=noise, start=source, strength=strength, guide=guide,
-        )  # fmt: skip
+            self.unet,
+            self.conditioner,
+            batch,
+            self.scheduler,
+            steps=steps,
+            guidance_scale=self.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            noise=noise,
+            start=source,
+            strength=strength,
+            guide=guide,
+        )
 
     def _guide(
         self, images: np.ndarray, captions: list[str], scale: float
@@ -148,7 +204,11 @@ class Translator:
             with torch.enable_grad():
                 z = x0.detach().requires_grad_(True)
                 value = blip.similarity(
-                    self.describer, decode(self.vae, z).clamp(-1, 1), source.to(z), self.blip_variant, captions
+                    self.describer,
+                    decode(self.vae, z).clamp(-1, 1),
+                    source.to(z),
+                    self.blip_variant,
+                    captions,
                 )
                 (gradient,) = torch.autograd.grad(value.sum(), z)
             norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-8)[:, None, None, None]
@@ -176,18 +236,13 @@ class Translation:
     captions: list[str]
 
 
-class _Each:
-    """Noise that depends on the seed and a picture's number, not on how pictures are batched."""
-
-    def __init__(self, seed: int, first: int) -> None:
-        self.seed, self.first = seed, first
-
-    def noise(self, shape: Sequence[int]) -> Tensor:
-        rows = []
-        for i in range(shape[0]):
-            generator = torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + self.first + i)
-            rows.append(torch.randn(tuple(shape[1:]), generator=generator))
-        return torch.stack(rows)
+def _noise(shape: Sequence[int], seed: int, numbers: Sequence[int]) -> Tensor:
+    """Noise for pictures of these numbers, whatever else is in their batch."""
+    rows = []
+    for number in numbers:
+        generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + int(number))
+        rows.append(torch.randn(tuple(shape), generator=generator))
+    return torch.stack(rows)
 
 
 def with_subject(caption: str, cls: str) -> str:
@@ -220,10 +275,12 @@ def ensure(profile: Profile) -> TransferRun:
             if not stage.finished:
                 _make(stage, profile, before)
     return TransferRun(
-        folder=stage.folder, translator=load_translator(stage.folder, profile),
+        folder=stage.folder,
+        translator=load_translator(stage.folder, profile),
         history=read_jsonl(stage.folder / "training" / "history.jsonl"),
-        ablation=read_json(stage.folder / "ablation.json"), key=stage.key,
-    )  # fmt: skip
+        ablation=read_json(stage.folder / "ablation.json"),
+        key=stage.key,
+    )
 
 
 def load_translator(folder: Path, profile: Profile) -> Translator:
@@ -242,15 +299,21 @@ def load_translator(folder: Path, profile: Profile) -> Translator:
         )
     device = pick_device(profile.device)
     vae = load_autoencoder(folder / "autoencoder").to(device)
-    unet, conditioner = load_denoiser(folder / "denoiser", **ldm._sizes(vae, 0))
+    unet, conditioner = load_denoiser(folder / "denoiser")
     return Translator(
-        unet=unet.to(device).eval(), conditioner=conditioner.to(device).eval(),
-        scheduler=make_scheduler(facts["prediction_type"]), vae=vae,
+        unet=unet.to(device).eval(),
+        conditioner=conditioner.to(device).eval(),
+        scheduler=make_scheduler(facts["prediction_type"]),
+        vae=vae,
         net=structure.load_structure(folder / "structure").to(device),
-        describer=blip.load(folder / "blip", device), size=facts["size"], steps=facts["sample_steps"],
-        guidance_scale=facts["guidance_scale"], blip_guidance=facts["blip_guidance"],
-        blip_variant=facts["blip_variant"], colour=facts.get("colour"),
-    )  # fmt: skip
+        describer=blip.load(folder / "blip", device),
+        size=facts["size"],
+        steps=facts["sample_steps"],
+        guidance_scale=facts["guidance_scale"],
+        blip_guidance=facts["blip_guidance"],
+        blip_variant=facts["blip_variant"],
+        colour=facts.get("colour"),
+    )
 
 
 def _make(stage: Stage, profile: Profile, before: ldm.LdmRun) -> None:
@@ -259,19 +322,31 @@ def _make(stage: Stage, profile: Profile, before: ldm.LdmRun) -> None:
     described = blip.ensure(profile)
     if not (folder / "translator.json").is_file():
         unet, conditioner, _ = train_row(
-            before, described.blip, profile, folder=folder / "training", steps=options.steps,
-            attention=options.attention, use_view=True, blip_weight=options.blip_weight,
-        )  # fmt: skip
+            before,
+            described.blip,
+            profile,
+            folder=folder / "training",
+            steps=options.steps,
+            attention=options.attention,
+            use_view=True,
+            blip_weight=options.blip_weight,
+        )
         _write_translator(folder, unet, conditioner, before, profile)
     if not (folder / "ablation.json").is_file():
-        write_json(folder / "ablation.json", ablate(profile, before, folder / "ablation", seed=profile.seed))
+        write_json(
+            folder / "ablation.json",
+            ablate(profile, before, folder / "ablation", seed=profile.seed),
+        )
     stage.finish()
 
 
 def _write_translator(
-    folder: Path, unet: UNet2DConditionModel, conditioner: Conditioner, before: ldm.LdmRun,
+    folder: Path,
+    unet: UNet2DConditionModel,
+    conditioner: Conditioner,
+    before: ldm.LdmRun,
     profile: Profile,
-) -> None:  # fmt: skip
+) -> None:
     """Everything that `translate` needs, in one folder that stands alone."""
     with atomic_dir(folder / "denoiser") as target:
         save_denoiser(unet, conditioner, target)
@@ -290,18 +365,31 @@ def _write_translator(
     write_json(
         folder / "translator.json",
         {
-            "profile": profile.name, "size": profile.image_size, "sample_steps": options.sample_steps,
-            "guidance_scale": options.guidance_scale, "blip_guidance": options.blip_guidance,
-            "blip_variant": options.blip_variant, "prediction_type": profile.ldm.prediction_type,
-            "reference": _reference(before, profile), "colour": _colour(profile),
+            "profile": profile.name,
+            "size": profile.image_size,
+            "sample_steps": options.sample_steps,
+            "guidance_scale": options.guidance_scale,
+            "blip_guidance": options.blip_guidance,
+            "blip_variant": options.blip_variant,
+            "prediction_type": profile.ldm.prediction_type,
+            "reference": _reference(before, profile),
+            "colour": _colour(profile),
         },
-    )  # fmt: skip
+    )
 
 
 def train_row(
-    before: ldm.LdmRun, describer: blip.Blip, profile: Profile, *, folder: Path, steps: int,
-    attention: str | None, use_view: bool, blip_weight: float, seed: int | None = None,
-) -> tuple[UNet2DConditionModel, Conditioner, TrainResult]:  # fmt: skip
+    before: ldm.LdmRun,
+    describer: blip.Blip,
+    profile: Profile,
+    *,
+    folder: Path,
+    steps: int,
+    attention: str | None,
+    use_view: bool,
+    blip_weight: float,
+    seed: int | None = None,
+) -> tuple[UNet2DConditionModel, Conditioner, TrainResult]:
     """Train one translator, from stage 04's weights, on natural pictures and their own views.
 
     Args:
@@ -315,8 +403,10 @@ def train_row(
     seed = profile.seed if seed is None else seed
     unet = copy.deepcopy(before.unet).to(device)
     widen(unet, before.vae.config.latent_channels + structure.VIEW_CHANNELS)
-    torch.manual_seed(seed)
-    conditioner = with_attention(before.conditioner, attention, structure.VIEW_CHANNELS).to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        conditioner = with_attention(before.conditioner, attention, structure.VIEW_CHANNELS)
+    conditioner = conditioner.to(device)
     for module in (unet, conditioner):
         module.requires_grad_(True)
     for module in (before.vae, *describer.parts().values()):
@@ -337,7 +427,9 @@ def train_row(
             batch.source, batch.view = batch.view, torch.zeros_like(batch.view)
         return batch
 
-    def loss(batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        batch: Batch, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         value, x0, _ = denoising_loss(
             unet, conditioner, batch, before.scheduler, generator, gamma=profile.ldm.min_snr_gamma
         )
@@ -355,17 +447,30 @@ def train_row(
         return value, numbers
 
     result = train(
-        {"unet": unet, "conditioner": conditioner}, loss, batches, steps=steps,
-        learning_rate=options.learning_rate, warmup_steps=min(20, steps), folder=folder, seed=seed,
-        ema_decay=profile.ldm.ema_decay, precision=profile.precision, device=profile.device,
-        threads=profile.threads, log_every=max(1, steps // 40),
-        checkpoint_every_s=profile.checkpoint_every_s, describe=f"05 {folder.name}", keep_checkpoint=True,
-    )  # fmt: skip
+        {"unet": unet, "conditioner": conditioner},
+        loss,
+        batches,
+        steps=steps,
+        learning_rate=options.learning_rate,
+        warmup_steps=min(20, steps),
+        folder=folder,
+        seed=seed,
+        ema_decay=profile.ldm.ema_decay,
+        precision=profile.precision,
+        device=profile.device,
+        threads=profile.threads,
+        log_every=max(1, steps // 40),
+        checkpoint_every_s=profile.checkpoint_every_s,
+        describe=f"05 {folder.name}",
+        keep_checkpoint=True,
+    )
     apply_ema({"unet": unet, "conditioner": conditioner}, result)
     return unet.eval(), conditioner.eval(), result
 
 
-def ablate(profile: Profile, before: ldm.LdmRun, folder: Path, *, seed: int) -> list[dict[str, Any]]:
+def ablate(
+    profile: Profile, before: ldm.LdmRun, folder: Path, *, seed: int
+) -> list[dict[str, Any]]:
     """Train each row of the ablation for as long and probe what it keeps of its source.
 
     The probes are our own models on validation cartoons, never a judge: does BLIP name the
@@ -380,29 +485,46 @@ def ablate(profile: Profile, before: ldm.LdmRun, folder: Path, *, seed: int) -> 
         target = folder / name.replace(" ", "_").replace("+", "with")
         if not (target / "row.json").is_file():
             unet, conditioner, result = train_row(
-                before, described.blip, profile, folder=target, steps=profile.transfer.ablation_steps,
-                attention=attention, use_view=use_view,
-                blip_weight=profile.transfer.blip_weight if with_blip else 0.0, seed=seed,
-            )  # fmt: skip
+                before,
+                described.blip,
+                profile,
+                folder=target,
+                steps=profile.transfer.ablation_steps,
+                attention=attention,
+                use_view=use_view,
+                blip_weight=profile.transfer.blip_weight if with_blip else 0.0,
+                seed=seed,
+            )
             net = structure.load_structure(model_source(profile.transfer.structure)).to(unet.device)
             options = profile.transfer
             translator = Translator(
-                unet, conditioner, before.scheduler, before.vae, net, described.blip,
-                profile.image_size, options.sample_steps, options.guidance_scale,
+                unet,
+                conditioner,
+                before.scheduler,
+                before.vae,
+                net,
+                described.blip,
+                profile.image_size,
+                options.sample_steps,
+                options.guidance_scale,
                 blip_variant=options.blip_variant,
-            )  # fmt: skip
+            )
             if not use_view:
                 translator = _Blind(**vars(translator))
             made = translator.translate(images, seed=seed).images
+            np.savez(target / "pictures.npz", source=images[:6], made=made[:6])
             write_json(
                 target / "row.json",
                 {
-                    "row": name, "steps": result.steps, "loss": result.history[-1]["loss"],
-                    "seconds": round(result.seconds, 1), "n": len(images), "seed": seed,
+                    "row": name,
+                    "steps": result.steps,
+                    "loss": result.history[-1]["loss"],
+                    "seconds": round(result.seconds, 1),
+                    "n": len(images),
+                    "seed": seed,
                     **probe(made, images, rows, described.blip, net),
                 },
-            )  # fmt: skip
-            np.savez(target / "pictures.npz", source=images[:6], made=made[:6])
+            )
         out.append(read_json(target / "row.json"))
     return out
 
@@ -421,10 +543,13 @@ class _Blind(Translator):
 
 
 def probe(
-    made: np.ndarray, sources: np.ndarray, rows: Sequence[dict[str, Any]], describer: blip.Blip,
+    made: np.ndarray,
+    sources: np.ndarray,
+    rows: Sequence[dict[str, Any]],
+    describer: blip.Blip,
     net: structure.StructureNet,
-) -> dict[str, float]:  # fmt: skip
-    """What an output keeps of its source, by our own models: action and facing named, silhouette IoU."""
+) -> dict[str, float]:
+    """What an output keeps of its source, by our own models: action, facing, silhouette."""
     written = [blip.caption_slots(text) for text in describer.generate(made)]
     grid = (sources.shape[1] // 4, sources.shape[2] // 4)
     masks = []
@@ -434,7 +559,11 @@ def probe(
     overlap = (masks[0] & masks[1]).sum((1, 2)) / (masks[0] | masks[1]).sum((1, 2)).clamp(min=1)
     facing = np.mean([w["direction"] == r["facing"] for w, r in zip(written, rows, strict=True)])
     action = np.mean([_same_action(w["action"], r) for w, r in zip(written, rows, strict=True)])
-    return {"action": float(action), "facing": float(facing), "silhouette_iou": float(overlap.mean())}
+    return {
+        "action": float(action),
+        "facing": float(facing),
+        "silhouette_iou": float(overlap.mean()),
+    }
 
 
 def _same_action(written: str | None, row: dict[str, Any]) -> bool:
@@ -452,9 +581,12 @@ def _reference(before: ldm.LdmRun, profile: Profile) -> dict[str, Any]:
     centre = found.mean(0)
     inside = 1 - found @ centre / np.linalg.norm(centre)
     return {
-        "features": features.NAME, "centre": [round(float(v), 5) for v in centre],
-        "median": float(np.median(inside)), "p95": float(np.quantile(inside, 0.95)), "n": len(rows),
-    }  # fmt: skip
+        "features": features.NAME,
+        "centre": [round(float(v), 5) for v in centre],
+        "median": float(np.median(inside)),
+        "p95": float(np.quantile(inside, 0.95)),
+        "n": len(rows),
+    }
 
 
 def _colour(profile: Profile) -> dict[str, Any]:
@@ -499,7 +631,7 @@ def find_weights(profile: Profile, weights: Path | None) -> tuple[Path, str]:
     if profile.name == "mini" and (shipped / "translator.json").is_file():
         return shipped, f"weights: {shipped} (shipped with the kit)"
     raise UserError(
-        f"no translator for profile {profile.name}: run `make course PROFILE={profile.name}` first, "
+        f"no translator for profile {profile.name}: run `make course PROFILE={profile.name}`, "
         "or name one with --weights"
     )
 
@@ -518,29 +650,46 @@ def ship(made: Path, folder: Path) -> None:
 
 
 def translate_files(
-    inputs: Sequence[Path], out: Path, *, profile: Profile, cls: str = "auto", method: str = "ours",
-    steps: int | None = None, seed: int = 0, weights: Path | None = None, overwrite: bool = False,
-) -> list[dict[str, Any]]:  # fmt: skip
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    profile: Profile,
+    cls: str = "auto",
+    method: str = "ours",
+    steps: int | None = None,
+    seed: int = 0,
+    weights: Path | None = None,
+    overwrite: bool = False,
+) -> list[dict[str, Any]]:
     """Translate pictures and folders for `tomjerry translate`.
 
     Writes `<stem>.png` (folders mirrored) and `report.jsonl` with file, class, distance, seconds.
+    Every input is read before the first is translated. A translation depends on its picture and
+    the seed, not on what else is translated with it.
+
+    Args:
+        overwrite: make outputs anew that are there; without it they are kept.
 
     Raises:
-        UserError: a missing or unreadable input, two inputs with one output, an existing output
-            without `overwrite`, no weights, an unknown method.
+        UserError: a missing or unreadable input, two inputs with one output, no weights, an
+            unknown method.
     """
     import json
     import time
+    from hashlib import sha256
 
     from tomjerry_utils import baselines
-    from tomjerry_utils.images import IMAGE_SUFFIXES, load_image, save_image
+    from tomjerry_utils.images import list_images, load_image, save_image
 
+    path, line = find_weights(profile, weights)
+    log(line)
+    if method not in ("ours", *baselines.METHODS):
+        raise UserError(f"--method {method}: choose from ours, {', '.join(baselines.METHODS)}")
     pairs: list[tuple[Path, Path]] = []
     for given in inputs:
         if given.is_dir():
-            files = sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not files:
-                raise UserError(f"{given}: no pictures in this folder ({', '.join(IMAGE_SUFFIXES)})")
+            # An output folder inside the input folder is no input.
+            files = [p for p in list_images(given) if out.resolve() not in p.resolve().parents]
             pairs += [(p, out / p.relative_to(given).with_suffix(".png")) for p in files]
         elif given.is_file():
             pairs.append((given, out / f"{given.stem}.png"))
@@ -555,15 +704,17 @@ def translate_files(
     if there and not overwrite:
         log(f"{len(there)} outputs exist and are kept; --overwrite makes them anew")
         pairs = [(s, t) for s, t in pairs if t not in set(there)]
-    path, line = find_weights(profile, weights)
-    log(line)
-    if method not in ("ours", *baselines.METHODS):
-        raise UserError(f"--method {method}: choose from ours, {', '.join(baselines.METHODS)}")
     translator = load_translator(path, profile)
+    for source, _ in pairs:
+        load_image(source, translator.size)
     reference = read_json(path / "translator.json")["reference"]
     out.mkdir(parents=True, exist_ok=True)
     report: list[dict[str, Any]] = []
-    with (out / "report.jsonl").open("a" if there and not overwrite else "w", encoding="utf-8") as file:
+    written = out / "report.jsonl"
+    anew = {str(source) for source, _ in pairs}
+    before = read_jsonl(written) if written.is_file() else []
+    write_jsonl(written, [row for row in before if row.get("file") not in anew])
+    with written.open("a", encoding="utf-8") as file:
         chunk = 25
         for begin in progress(range(0, len(pairs), chunk), "translate"):
             some = pairs[begin : begin + chunk]
@@ -571,16 +722,26 @@ def translate_files(
             images = np.stack([load_image(s, translator.size) for s, _ in some])
             classes = [None if cls == "auto" else cls] * len(some)
             if method == "ours":
-                made = translator.translate(images, classes, seed=seed, steps=steps)
+                numbers = [int.from_bytes(sha256(x.tobytes()).digest()[:4]) for x in images]
+                made = translator.translate(
+                    images, classes, seed=seed, steps=steps, numbers=numbers
+                )
                 pictures, names = made.images, made.classes
             else:
-                pictures, names = baselines.run(method, translator, images, classes, seed=seed, steps=steps)
+                pictures, names = baselines.run(
+                    method, translator, images, classes, seed=seed, steps=steps
+                )
             far = distance(images, reference)
             each = (time.monotonic() - started) / len(some)
             for (source, target), picture, name, d in zip(some, pictures, names, far, strict=True):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 save_image(target, picture)
-                row = {"file": str(source), "class": name, "distance": round(float(d), 3), "seconds": round(each, 4)}
+                row = {
+                    "file": str(source),
+                    "class": name,
+                    "distance": round(float(d), 3),
+                    "seconds": round(each, 4),
+                }
                 report.append(row)
                 file.write(json.dumps(row) + "\n")
             file.flush()

@@ -59,7 +59,7 @@ class Actor:
     """One animal of a scene.
 
     kind: "cat" or "mouse" for the course; in the zoo a mixture, see ``morph``.
-    morph: 0 = a cat's proportions, 1 = a mouse's; anything between (and a little beyond) in the zoo.
+    morph: 0 = a cat's proportions, 1 = a mouse's; in the zoo anything between and a bit beyond.
     seed: everything else about its looks and its exact pose.
     box: (x centre, ground y, width, height) of the frame it is fitted into, picture units, y up.
     """
@@ -95,7 +95,7 @@ def rng_of(*keys: int) -> np.random.Generator:
 
 
 def label_of(cls: str, style: str) -> str:
-    """The LDM's conditioning label of a class in a style, e.g. ("both", "natural") → "cat_mouse"."""
+    """The LDM's label of a class in a style, e.g. ("both", "natural") → "cat_mouse"."""
     return LABELS[CLASSES.index(cls) + 3 * STYLES.index(style)]
 
 
@@ -133,6 +133,7 @@ def describe(seed: int, cls: str | None = None, zoo: bool = False) -> Scene:
         return float(morphs[i]) if zoo else float(kind == "mouse")
 
     sign = 1.0 if facing == "right" else -1.0
+    actors: tuple[Actor, ...]
     if cls == "both":
         cat_box = (
             0.5 - sign * (0.16 + 0.02 * jitter[0]),

@@ -79,26 +79,62 @@ def _cartoon_colours(figure: Figure, zoo: bool) -> dict[str, Array]:
     if zoo:
         base = rng.uniform(0.25, 0.9, 3).astype(np.float32)[:, None, None]
         light = np.clip(base * 0.4 + 0.6, 0, 1)
-        return {"coat": base, "light": light, "inner": rgb("efa8a4"), "tail": base,
-                "tip": light if rng.random() < 0.5 else base, "nose": rgb("3a2a2e"), "iris": rgb("b8d24a")}  # fmt: skip
+        return {
+            "coat": base,
+            "light": light,
+            "inner": rgb("efa8a4"),
+            "tail": base,
+            "tip": light if rng.random() < 0.5 else base,
+            "nose": rgb("3a2a2e"),
+            "iris": rgb("b8d24a"),
+        }
     if figure.actor.kind == "cat":
-        return {"coat": rgb("7f8ea6") * vary, "light": rgb("f1f1ee"), "inner": rgb("f0a7b0"),
-                "tail": rgb("7f8ea6") * vary, "tip": rgb("f1f1ee"), "nose": rgb("2a2328"), "iris": rgb("c9dd4e")}  # fmt: skip
-    return {"coat": rgb("b0733c") * vary, "light": rgb("f3d9ac"), "inner": rgb("f2b59a"),
-            "tail": rgb("d59a6a"), "tip": rgb("d59a6a"), "nose": rgb("33241f"), "iris": rgb("ffffff")}  # fmt: skip
+        return {
+            "coat": rgb("7f8ea6") * vary,
+            "light": rgb("f1f1ee"),
+            "inner": rgb("f0a7b0"),
+            "tail": rgb("7f8ea6") * vary,
+            "tip": rgb("f1f1ee"),
+            "nose": rgb("2a2328"),
+            "iris": rgb("c9dd4e"),
+        }
+    return {
+        "coat": rgb("b0733c") * vary,
+        "light": rgb("f3d9ac"),
+        "inner": rgb("f2b59a"),
+        "tail": rgb("d59a6a"),
+        "tip": rgb("d59a6a"),
+        "nose": rgb("33241f"),
+        "iris": rgb("ffffff"),
+    }
 
 
 def _draw_cartoon(canvas: _Canvas, scene: Scene, figure: Figure, who: int) -> None:
     colours = _cartoon_colours(figure, scene.zoo)
     s, px = figure.scale, canvas.pixel
-    ink = max(0.016 * (0.6 + 0.6 * s), 0.9 * px) if figure.actor.kind == "cat" else max(0.013, 0.85 * px)
+    ink = (
+        max(0.016 * (0.6 + 0.6 * s), 0.9 * px)
+        if figure.actor.kind == "cat"
+        else max(0.013, 0.85 * px)
+    )
     smooth = 0.022 * s
     shadow = _ground_shadow(canvas, scene, figure, 0.8)
     canvas.rgb *= 1 - 0.30 * np.clip(shadow * 2.2 - 0.5, 0, 1)
     below: Array | None = None
     seen: dict[str, Blend] = {}
-    order = ("tail", "far_hind", "far_fore", "ear_far", "ear_far_in", "body", "near_hind",
-             "near_fore", "head", "ear_near_in", "head_in")  # fmt: skip
+    order = (
+        "tail",
+        "far_hind",
+        "far_fore",
+        "ear_far",
+        "ear_far_in",
+        "body",
+        "near_hind",
+        "near_fore",
+        "head",
+        "ear_near_in",
+        "head_in",
+    )
     for layer in order:
         bodies, ids = _layer(figure, (layer,))
         if not bodies:
@@ -129,7 +165,8 @@ def _cartoon_fill(
     figure: Figure, part: Blend, bodies: list[Body], colours: dict[str, Array], layer: str
 ) -> Array:
     tints = np.array(
-        [{"muzzle": 1, "paw": 2, "tip": 3, "inner": 4, "tail": 5}.get(b.tint, 0) for b in bodies] + [0]
+        [{"muzzle": 1, "paw": 2, "tip": 3, "inner": 4, "tail": 5}.get(b.tint, 0) for b in bodies]
+        + [0]
     )[part.index]
     gloves = figure.actor.kind == "cat"
     fill = np.broadcast_to(colours["coat"], (3, *part.dist.shape)).copy()
@@ -257,9 +294,14 @@ def _coat(figure: Figure, zoo: bool) -> tuple[str, Array, Array, Array, Array, A
 
 
 def _markings(
-    name: str, seen: Blend, bodies: list[Body], base: Array, dark: Array, light: Array,
+    name: str,
+    seen: Blend,
+    bodies: list[Body],
+    base: Array,
+    dark: Array,
+    light: Array,
     rng: np.random.Generator,
-) -> Array:  # fmt: skip
+) -> Array:
     """The coat's colour at each pixel from its position on the animal."""
     u, v, w = seen.coat
     phase = rng.uniform(0, 6.28, 6).astype(np.float32)
@@ -281,14 +323,24 @@ def _markings(
         mix(0.8 * belly, light)
         mix((tints == "muzzle") * 0.8, light)
     elif name == "tuxedo":
-        mix(np.clip((-v - 0.02 + 0.25 * np.clip(u - 0.3, 0, 1) + 0.05 * wobble) * 9, 0, 1) * (parts == "torso"), light)
+        mix(
+            np.clip((-v - 0.02 + 0.25 * np.clip(u - 0.3, 0, 1) + 0.05 * wobble) * 9, 0, 1)
+            * (parts == "torso"),
+            light,
+        )
         mix(((tints == "muzzle") | (tints == "paw")) * 1.0, light)
     elif name == "calico":
         patch = np.sin(5.0 * u + phase[3]) + np.sin(6.0 * v + 4.0 * w + phase[4]) + 0.35 * wobble
         mix((patch - 0.5) * 5, dark)
         mix((-patch - 0.7) * 5, rgb("3a3230"))
     elif name == "siamese":
-        point = (parts == "ear") | (tints == "paw") | (tints == "muzzle") | (parts == "tail") | (tints == "tip")
+        point = (
+            (parts == "ear")
+            | (tints == "paw")
+            | (tints == "muzzle")
+            | (parts == "tail")
+            | (tints == "tip")
+        )
         mix(point * 0.9 + (parts == "leg") * np.clip(-v - 0.6, 0, 1) * 1.2, dark)
         mix((parts == "head") * np.clip((seen.coat[0] - 1.38) * 5, 0, 0.8), dark)
     else:
@@ -310,7 +362,9 @@ def _draw_natural(canvas: _Canvas, scene: Scene, figure: Figure, who: int) -> No
     # Single hairs are drawn only where pixels are small enough to show them.
     fine = float(np.clip((1 / 96 - px) * 192, 0, 1))
 
-    def draw(layers: tuple[str, ...], *, smooth: float, shade: float = 1.0, fur: bool = True) -> None:
+    def draw(
+        layers: tuple[str, ...], *, smooth: float, shade: float = 1.0, fur: bool = True
+    ) -> None:
         bodies, ids = _layer(figure, layers)
         if not bodies:
             return
@@ -393,9 +447,7 @@ _GRADES = {  # (multiplier, lift) of each light on the finished picture
 }
 
 
-def render(
-    scene: Scene, style: str, size: int, noise: bool = True, truth: bool = False
-) -> Picture:
+def render(scene: Scene, style: str, size: int, noise: bool = True, truth: bool = False) -> Picture:
     """Draw a scene.
 
     Args:
@@ -416,10 +468,14 @@ def render(
     x, y = np.meshgrid(ticks, 1 - ticks)
     ground = backdrop(scene, style, x, y)
     canvas = _Canvas(
-        x, y, ground.rgb.astype(np.float32), np.full((size, size), -9.0, np.float32),
-        np.minimum(ground.region, PROP).copy(), np.zeros((size, size), np.uint8),
+        x,
+        y,
+        ground.rgb.astype(np.float32),
+        np.full((size, size), -9.0, np.float32),
+        np.minimum(ground.region, PROP).copy(),
+        np.zeros((size, size), np.uint8),
         np.zeros((size, size), np.int32),
-    )  # fmt: skip
+    )
     figures = [figure_of(scene, i, style) for i in range(len(scene.actors))]
     draw = _draw_cartoon if style == "cartoon" else _draw_natural
     for figure in figures:
@@ -451,10 +507,12 @@ def flow(a: Scene, b: Scene, style: str, size: int) -> tuple[Array, Array]:
     """Exact optical flow from ``a`` to ``b``, two frames of one animation.
 
     Returns:
-        (S, S, 2) displacement in pixels (x right, y down) of what is seen in ``a``, and (S, S) bool,
-        true where that point is also seen in ``b``.
+        (S, S, 2) displacement in pixels (x right, y down) of what is seen in ``a``, and (S, S)
+        bool, true where that point is also seen in ``b``.
     """
     first, second = render(a, style, size, truth=True), render(b, style, size, truth=True)
+    assert first.mask is not None and first.body is not None and first.depth is not None
+    assert second.mask is not None and second.body is not None and second.depth is not None
     moved = np.zeros((size, size, 2), np.float32)
     depth_b = np.full((size, size), -9.0, np.float32)
     ticks = (np.arange(size, dtype=np.float32) + 0.5) / size
@@ -506,9 +564,14 @@ def _one(seed: int, style: str, size: int, zoo: bool, truth: bool, noise: bool) 
 
 
 def render_many(
-    seeds: list[int] | range, style: str, size: int, zoo: bool = False, truth: bool = False,
-    noise: bool = True, workers: int = 2,
-) -> dict[str, Any]:  # fmt: skip
+    seeds: list[int] | range,
+    style: str,
+    size: int,
+    zoo: bool = False,
+    truth: bool = False,
+    noise: bool = True,
+    workers: int = 2,
+) -> dict[str, Any]:
     """Draw many seeds in worker processes.
 
     Returns:
@@ -524,10 +587,11 @@ def render_many(
         pictures = [job(s) for s in seeds]
     out: dict[str, Any] = {"image": np.stack([p.image for p in pictures])}
     if truth:
-        out["mask"] = np.stack([p.mask for p in pictures])
-        out["parts"] = np.stack([p.parts for p in pictures])
+        out["mask"] = np.stack([p.mask for p in pictures if p.mask is not None])
+        out["parts"] = np.stack([p.parts for p in pictures if p.parts is not None])
         points = np.zeros((len(pictures), 2, len(KEYPOINTS), 3), np.float32)
         for i, p in enumerate(pictures):
+            assert p.keypoints is not None
             points[i, : len(p.keypoints)] = p.keypoints
         out["keypoints"] = points
     return out

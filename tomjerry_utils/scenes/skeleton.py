@@ -42,26 +42,82 @@ class Build:
 
 BUILDS = {
     ("cat", "natural"): Build(
-        0.74, 0.27, 0.27, 0.265, 0.60, 0.088, 0.090, 0.20, 0.285, 0.28, 0.78, 0.0, 0.23, 0.95,
-        0.062, 0.75,
+        0.74,
+        0.27,
+        0.27,
+        0.265,
+        0.60,
+        0.088,
+        0.090,
+        0.20,
+        0.285,
+        0.28,
+        0.78,
+        0.0,
+        0.23,
+        0.95,
+        0.062,
+        0.75,
     ),
     ("cat", "cartoon"): Build(
-        0.68, 0.245, 0.25, 0.235, 0.58, 0.082, 0.125, 0.20, 0.38, 0.34, 0.72, 0.0, 0.36, 1.0,
-        0.060, 0.9,
+        0.68,
+        0.245,
+        0.25,
+        0.235,
+        0.58,
+        0.082,
+        0.125,
+        0.20,
+        0.38,
+        0.34,
+        0.72,
+        0.0,
+        0.36,
+        1.0,
+        0.060,
+        0.9,
     ),
     ("mouse", "natural"): Build(
-        0.58, 0.27, 0.36, 0.34, 0.34, 0.066, 0.085, 0.12, 0.26, 0.75, 0.82, 1.0, 0.20, 1.10,
-        0.034, 0.30,
+        0.58,
+        0.27,
+        0.36,
+        0.34,
+        0.34,
+        0.066,
+        0.085,
+        0.12,
+        0.26,
+        0.75,
+        0.82,
+        1.0,
+        0.20,
+        1.10,
+        0.034,
+        0.30,
     ),
     ("mouse", "cartoon"): Build(
-        0.52, 0.25, 0.31, 0.29, 0.38, 0.064, 0.115, 0.12, 0.35, 0.50, 0.98, 1.0, 0.36, 1.10,
-        0.034, 0.5,
+        0.52,
+        0.25,
+        0.31,
+        0.29,
+        0.38,
+        0.064,
+        0.115,
+        0.12,
+        0.35,
+        0.50,
+        0.98,
+        1.0,
+        0.36,
+        1.10,
+        0.034,
+        0.5,
     ),
-}  # fmt: skip
+}
 
 
 def build_of(actor: Actor, style: str, zoo: bool) -> Build:
-    """An actor's proportions: its kind's own, with a few per cent of its own; in the zoo far more."""
+    """An actor's proportions: its kind's, give or take a few per cent; in the zoo far more."""
     rng = rng_of(actor.seed, 21)
     cat, mouse = BUILDS["cat", style], BUILDS["mouse", style]
     spread = 0.16 if zoo else 0.045
@@ -97,8 +153,8 @@ class Pose:
 
     hip: Array
     chest: Array
-    fore: tuple[Array, Array]  # near and far fore paw
-    hind: tuple[Array, Array]
+    fore: tuple[Array, ...]  # near and far fore paw
+    hind: tuple[Array, ...]
     neck_angle: float
     gaze: float  # pitch of the head
     tail: tuple[float, float]  # first angle, bend per segment
@@ -112,12 +168,17 @@ def pose_of(action: str, build: Build, phase: float, rng: np.random.Generator) -
     swing = np.sin(2 * np.pi * phase)
     low = 0.94 * b.leg + 0.12 * b.hip
     if action == "stand":
-        hip, chest = np.array([-b.length / 2, low + 0.06, 0]), np.array([b.length / 2, low + 0.08, 0])
+        hip, chest = (
+            np.array([-b.length / 2, low + 0.06, 0]),
+            np.array([b.length / 2, low + 0.08, 0]),
+        )
         chest[1] += 0.01 * swing
         step = 0.07 * b.leg
         fore = tuple(np.array([chest[0] + 0.03 + s * step * (1 + j[0]), 0, 0]) for s in (1, -1))
         hind = tuple(np.array([hip[0] - 0.05 + s * step * (1 + j[1]), 0, 0]) for s in (-1, 1))
-        return Pose(hip, chest, fore, hind, 58 + 5 * j[2], 3 * swing, (118 + 10 * j[3], -9 + 2 * swing))
+        return Pose(
+            hip, chest, fore, hind, 58 + 5 * j[2], 3 * swing, (118 + 10 * j[3], -9 + 2 * swing)
+        )
     if action == "run":
         # Stills fall near full extension or near the gathered phase, the two a gallop is known by.
         reach = 0.80 + 0.20 * np.cos(2 * np.pi * phase)
@@ -132,7 +193,9 @@ def pose_of(action: str, build: Build, phase: float, rng: np.random.Generator) -
             hip + np.array([-1.00 * span, -0.62 * b.leg - 0.05 * swing, 0]),
             hip + np.array([-0.62 * span, -0.82 * b.leg + 0.05 * swing, 0]),
         )
-        return Pose(hip, chest, fore, hind, 30 + 4 * j[2], -2, (168 + 5 * j[3], -3 + 3 * swing), -0.02)
+        return Pose(
+            hip, chest, fore, hind, 30 + 4 * j[2], -2, (168 + 5 * j[3], -3 + 3 * swing), -0.02
+        )
     if action == "jump":
         pitch = 34 + 5 * j[0] - 10 * (phase - 0.5)
         centre = np.array([0, low + 0.52 + 0.10 * np.sin(np.pi * phase), 0])
@@ -154,9 +217,15 @@ def pose_of(action: str, build: Build, phase: float, rng: np.random.Generator) -
         fore = tuple(np.array([chest[0] + 0.06 + s * 0.05, 0, 0]) for s in (1, -1))
         hind = tuple(np.array([hip[0] + 0.30 + 0.02 * j[1], 0, 0]) for _ in range(2))
         return Pose(
-            hip, chest, fore, hind, 76 + 5 * j[2], 3 * swing, (188, -13 + 4 * j[3] + 3 * swing),
+            hip,
+            chest,
+            fore,
+            hind,
+            76 + 5 * j[2],
+            3 * swing,
+            (188, -13 + 4 * j[3] + 3 * swing),
             folded=True,
-        )  # fmt: skip
+        )
     if action == "lie":
         hip = np.array([-b.length / 2, 0.82 * b.hip, 0])
         chest = np.array([b.length / 2, 0.80 * b.chest + 0.008 * swing, 0])
@@ -198,9 +267,16 @@ def _leg(
     out.append(Body(part, layer, knee, b=ankle, ra=1.05 * r, rb=0.86 * r, rest=low, rest_size=size))
     paw = np.diag([1.45 * b.paw, 0.72 * b.paw, 0.9 * b.paw])
     out.append(
-        Body(part, layer, ankle + np.array([0.45 * b.paw, -0.02, 0]), L=paw,
-             rest=low + np.array([0, -0.4, 0]), rest_size=np.full(3, 0.1), tint="paw")
-    )  # fmt: skip
+        Body(
+            part,
+            layer,
+            ankle + np.array([0.45 * b.paw, -0.02, 0]),
+            L=paw,
+            rest=low + np.array([0, -0.4, 0]),
+            rest_size=np.full(3, 0.1),
+            tint="paw",
+        )
+    )
 
 
 def _tail(out: list[Body], root: Array, b: Build, first: float, bend: float, floor: bool) -> Array:
@@ -217,9 +293,18 @@ def _tail(out: list[Body], root: Array, b: Build, first: float, bend: float, flo
         rest = np.array([-1.0 - share, 0.3, 0])
         tint = "tip" if i >= pieces - 2 else "tail"
         out.append(
-            Body("tail", "tail", at, b=to, ra=r0, rb=r1, rest=rest,
-                 rest_size=np.array([0.05, 0.2, 0.05]), tint=tint)
-        )  # fmt: skip
+            Body(
+                "tail",
+                "tail",
+                at,
+                b=to,
+                ra=r0,
+                rb=r1,
+                rest=rest,
+                rest_size=np.array([0.05, 0.2, 0.05]),
+                tint=tint,
+            )
+        )
         at, angle = to, angle + bend
     return at
 
@@ -229,19 +314,38 @@ def _head(out: list[Body], centre: Array, turn: Array, b: Build, style: str) -> 
     h, f, u, s = b.head, turn[:, 0], turn[:, 1], turn[:, 2]
     rest = np.array([1.3, 0.3, 0])
 
-    def ball(part: str, layer: str, at: Array, radii: tuple[float, ...], tint: str = "coat") -> Body:
-        return Body(part, layer, at, L=turn @ np.diag(radii), rest=rest + (at - centre),
-                    rest_size=np.asarray(radii), tint=tint)  # fmt: skip
+    def ball(
+        part: str, layer: str, at: Array, radii: tuple[float, ...], tint: str = "coat"
+    ) -> Body:
+        return Body(
+            part,
+            layer,
+            at,
+            L=turn @ np.diag(radii),
+            rest=rest + (at - centre),
+            rest_size=np.asarray(radii),
+            tint=tint,
+        )
 
     out.append(ball("head", "head", centre, (1.0 * h, 0.90 * h, 1.0 * h)))
     long = b.muzzle
     nose = centre + f * h * (0.92 + 0.62 * long) - u * h * 0.20
     if long > 0.45:  # a pointed snout: a cone from the skull to the nose
         out.append(
-            Body("head", "head", centre + f * 0.35 * h - u * 0.08 * h, b=nose - f * 0.08 * h,
-                 ra=0.72 * h, rb=0.20 * h, rest=rest + [0.2, 0, 0], rest_size=np.full(3, 0.2))
-        )  # fmt: skip
-        out.append(ball("head", "head", nose - f * 0.16 * h - u * 0.10 * h, (0.2 * h,) * 3, "muzzle"))
+            Body(
+                "head",
+                "head",
+                centre + f * 0.35 * h - u * 0.08 * h,
+                b=nose - f * 0.08 * h,
+                ra=0.72 * h,
+                rb=0.20 * h,
+                rest=rest + np.array([0.2, 0, 0]),
+                rest_size=np.full(3, 0.2),
+            )
+        )
+        out.append(
+            ball("head", "head", nose - f * 0.16 * h - u * 0.10 * h, (0.2 * h,) * 3, "muzzle")
+        )
     for side in (-1, 1):
         cheek = centre + f * h * 0.42 - u * h * 0.36 + side * s * h * 0.42
         out.append(ball("head", "head", cheek, (0.50 * h, 0.42 * h, 0.46 * h)))
@@ -260,24 +364,49 @@ def _head(out: list[Body], centre: Array, turn: Array, b: Build, style: str) -> 
             up = up / np.linalg.norm(up)
             across = np.cross(up, face)
             axes = np.stack([across * e * 0.78, up * e * 0.84, face * e * 0.18], 1)
-            out.append(Body("ear", layer, mid, L=axes, rest=rest, rest_size=np.full(3, 0.05), tint="ear"))
             out.append(
-                Body("ear", layer + "_in", mid + face * e * 0.10, L=axes * 0.72, rest=rest, tint="inner")
+                Body("ear", layer, mid, L=axes, rest=rest, rest_size=np.full(3, 0.05), tint="ear")
+            )
+            out.append(
+                Body(
+                    "ear",
+                    layer + "_in",
+                    mid + face * e * 0.10,
+                    L=axes * 0.72,
+                    rest=rest,
+                    tint="inner",
+                )
             )
             tip = mid + up * e * 0.84
         else:
             root = centre + u * h * 0.62 + side * s * h * 0.52 - f * h * 0.05
             tip = root + u * e * 1.02 + side * s * e * 0.30 + f * e * 0.05
             out.append(
-                Body("ear", layer, root, b=tip, ra=0.44 * e, rb=0.07 * e, rest=rest,
-                     rest_size=np.full(3, 0.05), tint="ear")
-            )  # fmt: skip
+                Body(
+                    "ear",
+                    layer,
+                    root,
+                    b=tip,
+                    ra=0.44 * e,
+                    rb=0.07 * e,
+                    rest=rest,
+                    rest_size=np.full(3, 0.05),
+                    tint="ear",
+                )
+            )
             lift = f * 0.30 * e + np.array([0, 0, 0.2 * e])
             out.append(
-                Body("ear", layer + "_in", root + lift + u * 0.22 * e,
-                     b=root + 0.78 * (tip - root) + lift, ra=0.25 * e, rb=0.04 * e, rest=rest,
-                     tint="inner")
-            )  # fmt: skip
+                Body(
+                    "ear",
+                    layer + "_in",
+                    root + lift + u * 0.22 * e,
+                    b=root + 0.78 * (tip - root) + lift,
+                    ra=0.25 * e,
+                    rb=0.04 * e,
+                    rest=rest,
+                    tint="inner",
+                )
+            )
         ears[name] = tip
     # The eyes lie on the skull: flat discs whose axes are the skull's tangents.
     tall = 1.45 if style == "cartoon" else 1.0
@@ -332,7 +461,8 @@ def figure_of(scene: Scene, which: int, style: str) -> Figure:
     pose = pose_of(scene.action, build, scene.phase, rng)
     yaw = float(rng.uniform(14, 38))
     face_yaw = float(rng.uniform(34, 54))
-    b, bodies = build, []
+    b = build
+    bodies: list[Body] = []
     half = 0.52 * b.hip
     z_near, z_far = np.array([0, 0, half]), np.array([0, 0, -half])
     tail_root = pose.hip + np.array([-0.72 * b.hip, 0.35 * b.hip, 0])
@@ -345,18 +475,41 @@ def figure_of(scene: Scene, which: int, style: str) -> Figure:
     length = float(np.linalg.norm(spine))
     axis = spine / length
     frame = np.stack([axis, np.array([-axis[1], axis[0], 0]), np.array([0, 0, 1.0])], 1)
-    for off, layer_h, layer_f, k in ((z_far, "far_hind", "far_fore", 1), (z_near, "near_hind", "near_fore", 0)):
-        _leg(bodies, pose.hip + off - 0.25 * b.hip * frame[:, 1], pose.hind[k], layer_h, b,
-             0.0 if scene.action in ("run", "jump") else 1.0, True)  # fmt: skip
-        _leg(bodies, pose.chest + 0.8 * off - 0.25 * b.chest * frame[:, 1], pose.fore[k], layer_f, b,
-             -0.6 if scene.action in ("stand", "sit") else 0.0, False)  # fmt: skip
+    for off, layer_h, layer_f, k in (
+        (z_far, "far_hind", "far_fore", 1),
+        (z_near, "near_hind", "near_fore", 0),
+    ):
+        _leg(
+            bodies,
+            pose.hip + off - 0.25 * b.hip * frame[:, 1],
+            pose.hind[k],
+            layer_h,
+            b,
+            0.0 if scene.action in ("run", "jump") else 1.0,
+            True,
+        )
+        _leg(
+            bodies,
+            pose.chest + 0.8 * off - 0.25 * b.chest * frame[:, 1],
+            pose.fore[k],
+            layer_f,
+            b,
+            -0.6 if scene.action in ("stand", "sit") else 0.0,
+            False,
+        )
         if pose.folded:
             haunch = pose.hip + off * 1.05 + np.array([0.10, -0.10 * b.hip, 0])
             size = np.diag([0.82, 0.80, 0.42]) * b.hip
             bodies.append(
-                Body("torso", layer_h, haunch, L=size, rest=np.array([-0.6, -0.2, off[2]]),
-                     rest_size=np.full(3, 0.25))
-            )  # fmt: skip
+                Body(
+                    "torso",
+                    layer_h,
+                    haunch,
+                    L=size,
+                    rest=np.array([-0.6, -0.2, off[2]]),
+                    rest_size=np.full(3, 0.25),
+                )
+            )
     middle = 0.5 * (pose.hip + pose.chest) + frame[:, 1] * (pose.sag - 0.03)
     torso = (
         (pose.hip, (1.12, 1.0, 0.86), b.hip, -0.5),
@@ -366,14 +519,28 @@ def figure_of(scene: Scene, which: int, style: str) -> Figure:
     for at, ratio, radius, u in torso:
         radii = np.asarray(ratio) * radius
         bodies.append(
-            Body("torso", "body", at, L=frame @ np.diag(radii), rest=np.array([u, 0, 0]),
-                 rest_size=np.array([0.45, 0.3, 0.3]))
-        )  # fmt: skip
+            Body(
+                "torso",
+                "body",
+                at,
+                L=frame @ np.diag(radii),
+                rest=np.array([u, 0, 0]),
+                rest_size=np.array([0.45, 0.3, 0.3]),
+            )
+        )
     head_at = pose.chest + _polar(pose.neck_angle, b.neck + 0.62 * b.chest + 0.42 * b.head)
     bodies.append(
-        Body("torso", "body", pose.chest + 0.15 * (head_at - pose.chest), b=head_at, ra=0.78 * b.chest,
-             rb=0.62 * b.head, rest=np.array([0.75, 0.1, 0]), rest_size=np.array([0.2, -0.3, 0.2]))
-    )  # fmt: skip
+        Body(
+            "torso",
+            "body",
+            pose.chest + 0.15 * (head_at - pose.chest),
+            b=head_at,
+            ra=0.78 * b.chest,
+            rb=0.62 * b.head,
+            rest=np.array([0.75, 0.1, 0]),
+            rest_size=np.array([0.2, -0.3, 0.2]),
+        )
+    )
     head_at = head_at + np.array([0, 0, 0.02])
     turn = _rotation(face_yaw, pose.gaze)
     marks = _head(bodies, head_at, turn, b, style)
@@ -388,13 +555,22 @@ def figure_of(scene: Scene, which: int, style: str) -> Figure:
         eye = head_at + h * (0.88 * f + 0.34 * s * side + 0.62 * up)
         brows.append((eye - 0.20 * h * s * side, eye + 0.22 * h * s * side + 0.10 * h * up))
     low = snout - up * 0.34 * h
-    mouth = [low - side * 0.30 * h + up * 0.10 * h - f * 0.14 * h, low - side * 0.12 * h - up * 0.04 * h,
-             marks["nose"] - up * 0.18 * h, low + side * 0.12 * h - up * 0.04 * h,
-             low + side * 0.30 * h + up * 0.10 * h - f * 0.14 * h]  # fmt: skip
+    mouth = [
+        low - side * 0.30 * h + up * 0.10 * h - f * 0.14 * h,
+        low - side * 0.12 * h - up * 0.04 * h,
+        marks["nose"] - up * 0.18 * h,
+        low + side * 0.12 * h - up * 0.04 * h,
+        low + side * 0.30 * h + up * 0.10 * h - f * 0.14 * h,
+    ]
 
-    joints = {"chest": pose.chest, "hip": pose.hip, "tail_tip": tip,
-              "fore_paw": pose.fore[0] + 0.8 * z_near + [0.3 * b.paw, 0.4 * b.paw, 0],
-              "hind_paw": pose.hind[0] + z_near + [0.3 * b.paw, 0.4 * b.paw, 0], **marks}  # fmt: skip
+    joints = {
+        "chest": pose.chest,
+        "hip": pose.hip,
+        "tail_tip": tip,
+        "fore_paw": pose.fore[0] + 0.8 * z_near + [0.3 * b.paw, 0.4 * b.paw, 0],
+        "hind_paw": pose.hind[0] + z_near + [0.3 * b.paw, 0.4 * b.paw, 0],
+        **marks,
+    }
     points = np.stack([np.asarray(joints[k], float) for k in KEYPOINTS])
 
     cy, sy = np.cos(np.radians(yaw)), np.sin(np.radians(yaw))
@@ -407,7 +583,10 @@ def figure_of(scene: Scene, which: int, style: str) -> Figure:
     boxes = np.array([t.bounds() for t in turned if t.part != "tail"])
     x0, x1, y1 = boxes[:, 0].min(), boxes[:, 1].max(), boxes[:, 3].max()
     tails = np.array([t.bounds() for t in turned if t.part == "tail"])
-    x0t, x1t = 0.15 * min(tails[:, 0].min() - x0, 0) + x0, 0.15 * max(tails[:, 1].max() - x1, 0) + x1
+    x0t, x1t = (
+        0.15 * min(tails[:, 0].min() - x0, 0) + x0,
+        0.15 * max(tails[:, 1].max() - x1, 0) + x1,
+    )
     y1t = 0.15 * max(tails[:, 3].max() - y1, 0) + y1
     scale = float(min(width / (x1t - x0t), height / y1t))
     offset = np.array([x_c + scene.shift - scale * 0.5 * (x0t + x1t), y_c, 0.5 if which else 0.0])

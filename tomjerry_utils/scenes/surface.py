@@ -17,7 +17,7 @@ Array = np.ndarray
 
 @dataclass
 class Body:
-    """One ellipsoid (``b is None``: centre ``a``, axes ``L``) or tapered capsule from ``a`` to ``b``.
+    """An ellipsoid (``b is None``: centre ``a``, axes ``L``) or a tapered capsule from a to b.
 
     Units are the picture's (x right, y up, z toward the viewer). ``rest`` and ``rest_size`` place
     the body in the animal's coat, so that markings stay on the skin when it moves.
@@ -51,7 +51,7 @@ class Body:
 
     def bounds(self) -> tuple[float, float, float, float]:
         """(x0, x1, y0, y1) of the silhouette."""
-        if self.b is None:
+        if self.L is not None:
             half = np.sqrt((self.L[:2] ** 2).sum(1))
             return (
                 self.a[0] - half[0],
@@ -59,6 +59,7 @@ class Body:
                 self.a[1] - half[1],
                 self.a[1] + half[1],
             )
+        assert self.b is not None
         return (
             min(self.a[0] - self.ra, self.b[0] - self.rb),
             max(self.a[0] + self.ra, self.b[0] + self.rb),
@@ -67,12 +68,13 @@ class Body:
         )
 
     def evaluate(self, x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
-        """Signed distance (< 0 inside), front depth, unit normal (3, …) and coat position (3, …)."""
+        """Signed distance (< 0 inside), front depth, unit normal and coat position (3, …)."""
         if self.b is None:
             return self._ellipsoid(x, y)
         return self._capsule(x, y)
 
     def _ellipsoid(self, x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
+        assert self.L is not None
         cov = self.L @ self.L.T
         inv2 = np.linalg.inv(cov[:2, :2])
         slope = cov[2, :2] @ inv2
@@ -95,6 +97,7 @@ class Body:
         return dist, self.a[2] + dz, normal, coat
 
     def _capsule(self, x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
+        assert self.b is not None
         ab = self.b - self.a
         length2 = float(ab[0] ** 2 + ab[1] ** 2) + 1e-9
         u, v = x - self.a[0], y - self.a[1]
@@ -175,5 +178,5 @@ def blend(bodies: list[Body], x: Array, y: Array, smooth: float, margin: float) 
 
 
 def coverage(dist: Array, pixel: float, softness: float = 0.0) -> Array:
-    """The covered share of each pixel for a signed distance, anti-aliased over one pixel or more."""
+    """The covered share of each pixel for a signed distance, over one pixel or more."""
     return np.clip(0.5 - dist / (pixel + softness), 0.0, 1.0)
