@@ -1,6 +1,6 @@
 """Pictures a second of both renderers at 64 px: one process, then two.
 
-    python benchmarks/scenes_speed.py [count]
+python benchmarks/scenes_speed.py [count]
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on a device; `accelerate` calls this for every training batch."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking) if torch.is_tensor(value) else value
             for name, value in vars(self).items()
         }
