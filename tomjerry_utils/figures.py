@@ -427,7 +427,9 @@ def _with_palette(png: io.BytesIO) -> bytes:
     from PIL import Image
 
     small = io.BytesIO()
-    Image.open(png).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+    full = Image.open(png).convert("RGB")
+    # With a palette given, Pillow spreads its errors over the neighbours: no bands in fur and sky.
+    full.quantize(palette=full.quantize(256)).save(small, "PNG", optimize=True)
     return small.getvalue()
 
 
