@@ -20,9 +20,11 @@ def _write(folder: Path, text: str, name: str = "mine") -> Path:
 
 
 def _mini(folder: Path, old: str = "", new: str = "") -> Path:
+    """A copy of the mini profile in which the first match of a pattern is replaced."""
     text = (FOLDER / "mini.yaml").read_text(encoding="utf-8").replace("name: mini", "name: mine")
-    assert old in text
-    return _write(folder, text.replace(old, new, 1))
+    changed, count = re.subn(old, new, text, count=1)
+    assert count == 1
+    return _write(folder, changed)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,26 +95,30 @@ def test_frozen() -> None:
 
 
 def test_scientific_numbers_are_numbers(tmp_path: Path) -> None:
-    profile = load_profile(_mini(tmp_path, "learning_rate: 3.0e-4", "learning_rate: 5e-4"))
+    profile = load_profile(_mini(tmp_path, r"( learning_rate): \S+", r"\1: 5e-4"))
     assert profile.blip.learning_rate == 5e-4
 
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("batch_size: 16", "batchsize: 16", ["unknown key 'blip.batchsize'", "batch_size"]),
+        (
+            r"(blip:[^&]*?) batch_size:",
+            r"\1 batchsize:",
+            ["unknown key 'blip.batchsize'", "batch_size"],
+        ),
         ("seed: 0", "sed: 0", ["unknown key 'sed'", "'seed'"]),
-        ("ldm:", "lmd:", ["unknown key 'lmd'", "'ldm'"]),
+        ("\nldm:", "\nlmd:", ["unknown key 'lmd'", "'ldm'"]),
         ("seed: 0", "", ["'seed' is missing"]),
         ("seed: 0", "seed: zero", ["'seed'", "'zero'"]),
         ("seed: 0", "seed: true", ["'seed'", "True"]),
         ("prediction_type: sample", "prediction_type: x0", ["ldm.prediction_type", "'x0'"]),
-        ("class_dropout: 0.1", "class_dropout: 1.5", ["ldm.class_dropout", "1.5"]),
+        (r"class_dropout: \S+", "class_dropout: 1.5", ["ldm.class_dropout", "1.5"]),
         ("seed: 0", "seed: 0\nseed: 1", ["'seed' is given twice", "line"]),
         ("seed: 0", "seed: [0", ["not valid YAML", "line"]),
         ("name: mine", "name: other", ["'name' says 'other'", "name: mine"]),
-        ("sources: [scenes, starter, clip]", "sources: [scenery]", ["collect.sources", "scenery"]),
-        ("sources: [scenes, starter, clip]", "sources: []", ["collect.sources"]),
+        (r"sources: \[.*\]", "sources: [scenery]", ["collect.sources", "scenery"]),
+        (r"sources: \[.*\]", "sources: []", ["collect.sources"]),
     ],
 )
 def test_mistakes_are_one_clear_line(tmp_path: Path, old: str, new: str, words: list[str]) -> None:

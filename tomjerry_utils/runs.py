@@ -82,10 +82,10 @@ def run_root(profile: Profile) -> Path:
 def model_source(name: str) -> str:
     """A profile's model setting as what `from_pretrained` takes: a local folder or a hub id.
 
-    A name that is a folder, as it stands or under the project root, is that folder; one that
+    A name that is a folder, under the project root or as it stands, is that folder; one that
     starts with `data/`, `.` or `/` must be one; anything else is a hub id.
     """
-    for path in (Path(name).expanduser(), project_root() / name):
+    for path in (project_root() / name, Path(name).expanduser()):
         if path.is_dir():
             return str(path.resolve())
     if name.startswith(("data/", ".", "/", "~")):
