@@ -8,63 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import SIZE, pictures, tiny_translator
 
-from tomjerry_utils import UserError, baselines, blip, scenes, structure, transfer
-from tomjerry_utils.autoencoder import (
-    decode,
-    encode,
-    encode_all,
-    measure_latents,
-    tiny_autoencoder,
-)
-from tomjerry_utils.denoiser import Conditioner, make_scheduler, tiny_denoiser, with_attention
+from tomjerry_utils import UserError, baselines, scenes, structure
+from tomjerry_utils.autoencoder import decode, encode, encode_all
+from tomjerry_utils.denoiser import make_scheduler
 from tomjerry_utils.images import to_uint8
-
-SIZE = 32
-
-
-def tiny_translator(attention: str | None = "ldm", prediction_type: str = "sample") -> Any:
-    """A translator of real classes with random weights, its last layers not zero."""
-    torch.manual_seed(0)
-    vae = tiny_autoencoder(4).eval()
-    describer = blip.create_tiny(scenes.vocabulary(), image_size=SIZE, hidden_size=32)
-    unet = tiny_denoiser(4, structure.VIEW_CHANNELS, dim=32).eval()
-    tones = {style: [0.0] * 3 for style in scenes.STYLES}
-    spread = {style: [1.0] * 3 for style in scenes.STYLES}
-    plain = Conditioner(
-        text_dim=32, dim=32, tone_mean=tones, tone_std=spread, latent_channels=4, factor=4
-    )
-    conditioner = with_attention(plain, attention, structure.VIEW_CHANNELS).eval()
-    if conditioner.attend is not None:
-        torch.nn.init.normal_(conditioner.attend.out.weight)
-    return transfer.Translator(
-        unet=unet,
-        conditioner=conditioner,
-        scheduler=make_scheduler(prediction_type),
-        vae=vae,
-        net=structure.StructureNet().eval(),
-        describer=describer,
-        size=SIZE,
-        steps=3,
-        guidance_scale=1.5,
-    )
 
 
 @pytest.fixture(scope="module")
 def cartoons() -> np.ndarray:
-    return scenes.render_many(range(1_000_000, 1_000_004), "cartoon", SIZE)["image"]
+    return pictures("cartoon", 4)
 
 
 @pytest.fixture(scope="module")
 def photographs() -> np.ndarray:
-    return scenes.render_many(range(2_000_000, 2_000_012), "natural", SIZE)["image"]
+    return pictures("natural", 12)
 
 
 @pytest.fixture(scope="module")
-def translator(photographs: np.ndarray) -> Any:
-    made = tiny_translator()
-    made.colour = baselines.measure_colour(photographs)
-    return made
+def translator() -> Any:
+    return tiny_translator()
 
 
 # ---- colours -----------------------------------------------------------------------------------
@@ -123,8 +87,8 @@ def test_colour_transfer_keeps_a_flat_picture_flat(photographs: np.ndarray) -> N
 
 def test_sdedit_leaves_more_of_the_source_the_weaker_it_is(cartoons: np.ndarray) -> None:
     """With v-prediction even an untrained net keeps what little noise left standing."""
-    model = tiny_translator(None, "v_prediction")
-    measure_latents(model.vae, torch.from_numpy(cartoons))
+    model = tiny_translator(attention=None)
+    model.scheduler = make_scheduler("v_prediction")
     with torch.no_grad():
         latents = encode_all(model.vae, torch.from_numpy(cartoons))
         rebuilt = to_uint8(decode(model.vae, latents))
@@ -148,7 +112,7 @@ def test_sdedit_leaves_more_of_the_source_the_weaker_it_is(cartoons: np.ndarray)
 def test_sdedit_takes_the_asked_for_evaluations_at_any_strength(
     cartoons: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_translator(None)
+    model = tiny_translator(attention=None)
     calls: list[int] = []
     forward = type(model.unet).forward
 
@@ -173,7 +137,7 @@ def test_sdedit_takes_the_asked_for_evaluations_at_any_strength(
 
 def test_sdedit_sees_the_class_and_neither_view_nor_caption(cartoons: np.ndarray) -> None:
     """At full strength only the class is left, so two sources with one class come out alike."""
-    model = tiny_translator("ldm")
+    model = tiny_translator(attention="ldm")
     options: dict[str, Any] = {"seed": 3, "steps": 2, "strength": 1.0, "guidance_scale": 1.5}
     first = baselines.sdedit(model, cartoons[:1], ["tom"], **options)
     other = baselines.sdedit(model, cartoons[1:2], ["tom"], **options)
@@ -185,7 +149,7 @@ def test_sdedit_sees_the_class_and_neither_view_nor_caption(cartoons: np.ndarray
 
 
 def test_sdedit_does_not_depend_on_batches(cartoons: np.ndarray) -> None:
-    model = tiny_translator(None)
+    model = tiny_translator(attention=None)
     options: dict[str, Any] = {"seed": 0, "steps": 2, "strength": 0.5, "guidance_scale": 1.0}
     whole = baselines.sdedit(model, cartoons, ["tom"] * 4, **options)
     parts = baselines.sdedit(model, cartoons, ["tom"] * 4, batch_size=3, **options)
@@ -196,7 +160,7 @@ def test_sdedit_does_not_depend_on_batches(cartoons: np.ndarray) -> None:
 def test_sdedit_refuses_a_strength_that_is_no_share(cartoons: np.ndarray) -> None:
     with pytest.raises(UserError, match=r"1\.5"):
         baselines.sdedit(
-            tiny_translator(None),
+            tiny_translator(attention=None),
             cartoons,
             ["tom"] * 4,
             seed=0,
@@ -221,7 +185,7 @@ def test_every_method_gives_pictures_and_classes(translator: Any, cartoons: np.n
 
 
 def test_sdedit_uses_stage_04_where_it_is_given(translator: Any, cartoons: np.ndarray) -> None:
-    other = tiny_translator(None)
+    other = tiny_translator(attention=None)
     torch.nn.init.normal_(other.unet.conv_out.weight)
     stage = SimpleNamespace(
         unet=other.unet, conditioner=other.conditioner, vae=other.vae, scheduler=other.scheduler
@@ -241,6 +205,7 @@ def test_classes_are_read_off_the_parts(translator: Any, cartoons: np.ndarray) -
 
 def test_mistakes_are_one_line(cartoons: np.ndarray) -> None:
     plain = tiny_translator()
+    plain.colour = None
     with pytest.raises(UserError, match="identity, colour, sdedit"):
         baselines.run("magic", plain, cartoons, ["tom"] * 4, seed=0)
     with pytest.raises(UserError, match="colour statistics"):
@@ -249,7 +214,7 @@ def test_mistakes_are_one_line(cartoons: np.ndarray) -> None:
 
 def test_the_model_was_moved_by_nothing(cartoons: np.ndarray) -> None:
     """A rival leaves the translator's weights and attention as they were."""
-    model = tiny_translator("poster")
+    model = tiny_translator(attention="poster")
     before = {k: v.clone() for k, v in model.conditioner.state_dict().items()}
     baselines.run("sdedit", model, cartoons[:1], ["tom"], seed=0)
     after = model.conditioner.state_dict()

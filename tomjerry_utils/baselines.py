@@ -248,16 +248,14 @@ def _classes_only(
 ) -> Batch:
     """Conditions that hold a class and nothing else, as they are dropped in training."""
     count, channels, *grid = latents.shape
-    labels = torch.tensor([LABELS.index(label_of(name, "natural")) for name in classes])
-    batch = Batch(
-        latents=latents,
-        labels=labels,
-        text=torch.zeros(count, 1, conditioner.config.text_dim),
-        mask=torch.zeros(count, 1, dtype=torch.long),
-        view=torch.zeros(count, unet.config.in_channels - channels, *grid),
-    )
+    here = latents.device
+    labels = [LABELS.index(label_of(name, "natural")) for name in classes]
     return Batch(
-        **{k: v.to(latents.device) if torch.is_tensor(v) else v for k, v in vars(batch).items()}
+        latents=latents,
+        labels=torch.tensor(labels, device=here),
+        text=torch.zeros(count, 1, conditioner.config.text_dim, device=here),
+        mask=torch.zeros(count, 1, dtype=torch.long, device=here),
+        view=torch.zeros(count, unet.config.in_channels - channels, *grid, device=here),
     )
 
 

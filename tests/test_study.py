@@ -1,0 +1,244 @@
+"""Studies: seeds with runs of their own, intervals that hold what they promise, results on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tomjerry_utils import UserError, compare, ldm, metrics, runs, study, transfer
+from tomjerry_utils.profiles import load_profile
+from tomjerry_utils.runs import read_json, write_json
+
+SMOKE = load_profile("smoke")
+NAMES = [name for name in compare.METRICS if name != "kid"]
+
+
+# ---- seeds -------------------------------------------------------------------------------------
+
+
+def test_training_seeds_have_runs_of_their_own(fresh_runs: Path) -> None:
+    variants = study.training_seeds(SMOKE)
+    assert [v.seed for v in variants] == [0, 1, 2]
+    assert variants[0] == SMOKE
+    assert len({runs.run_root(v) for v in variants}) == 3
+    # Nothing but the seed and the name differs.
+    for variant in variants:
+        assert variant.model_copy(update={"seed": 0, "name": "smoke"}) == SMOKE
+    assert variants[1].model_copy(update={"name": "smoke"}) == load_profile("smoke", seed=1)
+
+
+def test_an_unknown_study_is_one_line() -> None:
+    with pytest.raises(UserError, match="compare, ablation"):
+        study.run_study(SMOKE, ["magic"])
+
+
+# ---- intervals ---------------------------------------------------------------------------------
+
+
+def test_two_levels_agree_with_one_where_there_is_one() -> None:
+    values = np.random.default_rng(1).random((1, 400))
+    low, high = np.percentile(study.two_level(values, 2000), [2.5, 97.5])
+    plain = metrics.bootstrap_ci(values[0], samples=2000)
+    assert (low, high) == pytest.approx(tuple(plain), abs=0.01)
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    rng = np.random.default_rng(2)
+    scenes = rng.random(300)
+    alike = np.stack([scenes] * 3)
+    apart = alike + np.array([[-0.3], [0.0], [0.3]])
+    widths = [np.ptp(np.percentile(study.two_level(v, 2000), [2.5, 97.5])) for v in (alike, apart)]
+    assert widths[1] > 3 * widths[0]
+
+
+def test_two_levels_leave_out_what_does_not_apply() -> None:
+    values = np.array([[1.0, np.nan, 3.0], [1.0, np.nan, 3.0]])
+    draws = study.two_level(values, 500)
+    draws = draws[~np.isnan(draws)]
+    assert draws.min() >= 1.0 and draws.max() <= 3.0
+    assert draws.mean() == pytest.approx(2.0, abs=0.1)
+
+
+def test_one_more_run_falls_within_its_interval() -> None:
+    rng = np.random.default_rng(3)
+    inside = []
+    for _ in range(2000):
+        *few, more = rng.normal(0.7, 0.05, 4)
+        low, high = study.one_run(few) or (0.0, 0.0)
+        inside.append(low <= more <= high)
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
+    assert study.one_run([0.5]) is None
+
+
+def test_ablation_intervals_cover_the_mean_of_many_runs() -> None:
+    def rows(value: float) -> list[dict[str, Any]]:
+        probes = dict.fromkeys(study.PROBES, value)
+        return [{"row": "no source", "steps": 3, "n": 48, **probes}]
+
+    rng = np.random.default_rng(4)
+    covered = []
+    for _ in range(1000):
+        found = rng.binomial(48, np.clip(rng.normal(0.6, 0.05, 3), 0, 1)) / 48
+        row = study.ablation_table([rows(float(v)) for v in found])["no source"]["action"]
+        covered.append(row["ci95"][0] <= 0.6 <= row["ci95"][1])
+        assert row["value"] == pytest.approx(found.mean())
+    assert np.mean(covered) >= 0.93
+
+
+# ---- the tables --------------------------------------------------------------------------------
+
+
+def fake_run(folder: Path, seed: int, *, better: float) -> Any:
+    """Stage 06 of one seed with made-up scores; ours is `better` than the rivals everywhere."""
+    rng = np.random.default_rng(seed)
+    rows, vectors, methods = [], {}, {}
+    for method in compare.METHODS:
+        gain = better if method == "ours" else 0.0
+        each = {
+            name: np.clip(
+                rng.normal(0.5, 0.1, 60) + (gain if compare.METRICS[name][1] else -gain), 0, 1
+            )
+            for name in NAMES
+        }
+        rows += [
+            {"method": method, "seed": i, "answer": "tom", **{n: float(each[n][i]) for n in NAMES}}
+            for i in range(60)
+        ]
+        vectors[method] = rng.standard_normal((60, 8)).astype(np.float32) + (0 if gain else 1)
+        found = {
+            n: {"value": float(v.mean()), "ci95": [0.0, 1.0], "n": 60} for n, v in each.items()
+        }
+        found["kid"] = {"value": 0.0 if gain else 1.0, "ci95": [0.0, 1.0], "n": 60}
+        methods[method] = {"metrics": found}
+    gaps = {
+        rival: {
+            name: {
+                "difference": methods["ours"]["metrics"][name]["value"]
+                - methods[rival]["metrics"][name]["value"],
+                "n": 60,
+            }
+            for name in compare.METRICS
+        }
+        for rival in compare.METHODS[1:]
+    }
+    folder.mkdir(parents=True)
+    np.savez(folder / "features.npz", **vectors)
+    return SimpleNamespace(
+        folder=folder,
+        rows=rows,
+        results={
+            "n": 60,
+            "features": "f",
+            "methods": methods,
+            "rows": {},
+            "differences": gaps,
+            "seconds_per_picture": dict.fromkeys(compare.METHODS, 0.1),
+            "settings": {"bootstrap": 200, "candidates": 2},
+        },
+    )
+
+
+@pytest.fixture
+def made_up(tmp_path: Path, fresh_runs: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stages that are there at once, and real pictures' features of the same width."""
+    monkeypatch.setenv("TOMJERRY_ROOT", str(tmp_path))
+    real = np.random.default_rng(9).standard_normal((80, 8)).astype(np.float32)
+    monkeypatch.setattr(metrics, "reference", lambda: (real, None))
+    asked: dict[str, Any] = {"compare": [], "ablation": []}
+
+    def ensure(profile: Any) -> Any:
+        asked["compare"].append((profile.name, profile.seed))
+        return fake_run(tmp_path / "made" / profile.name, profile.seed, better=0.3)
+
+    def rows(profile: Any) -> list[dict[str, Any]]:
+        steps = profile.transfer.ablation_steps
+        return [
+            {"row": name, "steps": steps, "n": 48, **dict.fromkeys(study.PROBES, 0.2 + 0.1 * i)}
+            for i, name in enumerate(transfer.ABLATION)
+        ]
+
+    def ablate(profile: Any, before: Any, folder: Path, *, seed: int) -> list[dict[str, Any]]:
+        asked["ablation"].append((profile.transfer.ablation_steps, folder, seed))
+        return rows(profile)
+
+    monkeypatch.setattr(compare, "ensure", ensure)
+    monkeypatch.setattr(
+        transfer, "ensure", lambda p: SimpleNamespace(ablation=rows(p), key=f"key{p.seed}")
+    )
+    monkeypatch.setattr(transfer, "ablate", ablate)
+    monkeypatch.setattr(ldm, "ensure", lambda profile: None)
+    return asked
+
+
+def test_the_comparison_pools_seeds_and_scenes(made_up: dict[str, Any]) -> None:
+    (path,) = study.run_study(SMOKE, ["compare"])
+    table = read_json(path)
+    assert made_up["compare"] == [("smoke", 0), ("smoke-seed1", 1), ("smoke-seed2", 2)]
+    assert table["seeds"] == [0, 1, 2] and table["n"] == 60
+    for method in compare.METHODS:
+        for name, row in table["methods"][method]["metrics"].items():
+            assert len(row["by_seed"]) == 3
+            assert row["value"] == pytest.approx(np.mean(row["by_seed"]))
+            if name != "kid":
+                assert row["ci95"][0] < row["value"] < row["ci95"][1]
+            low, high = row["one_run95"]
+            assert all(low <= value <= high for value in row["by_seed"])
+    for rival in compare.METHODS[1:]:
+        verdicts = {n: row["verdict"] for n, row in table["differences"][rival].items()}
+        assert verdicts == dict.fromkeys(compare.METRICS, "better")
+    # Two rivals that were drawn alike are not told apart.
+    assert set(table) >= {"date", "versions", "device", "settings", "seconds", "schema"}
+
+
+def test_the_ablation_has_short_and_full_rows(made_up: dict[str, Any]) -> None:
+    (path,) = study.run_study(SMOKE, ["ablation"])
+    table = read_json(path)
+    assert list(table["rows"]) == list(table["full"]) == list(transfer.ABLATION)
+    assert table["rows"]["no source"]["steps"] == SMOKE.transfer.ablation_steps
+    assert table["full"]["no source"]["steps"] == SMOKE.transfer.steps
+    assert [(steps, seed) for steps, _, seed in made_up["ablation"]] == [
+        (SMOKE.transfer.steps, seed) for seed in (0, 1, 2)
+    ]
+    assert len({folder for _, folder, _ in made_up["ablation"]}) == 3
+
+
+# ---- files and figures -------------------------------------------------------------------------
+
+
+def test_only_the_default_profile_writes_what_is_committed(
+    made_up: dict[str, Any], tmp_path: Path, fresh_runs: Path
+) -> None:
+    written = study.run_study(SMOKE)
+    assert written == [fresh_runs / "smoke" / "results" / f"{n}.json" for n in study.STUDIES]
+    assert study.results("compare") is None
+    made_up_again = study.run_study(load_profile("mini"), ["ablation"])
+    assert made_up_again == [tmp_path / "results" / "ablation.json"]
+    read = study.results("ablation")
+    assert read is not None and read["profile"] == "mini"
+
+
+def test_seconds_of_finished_stages(fresh_runs: Path) -> None:
+    for stage, seconds in (("04_ldm", 12.5), ("05_transfer", 3.0)):
+        record = {"key": "k", "seconds": seconds}
+        write_json(fresh_runs / "smoke" / stage / "provenance.json", record)
+    (fresh_runs / "smoke" / "06_compare").mkdir()
+    assert study.stage_seconds(SMOKE) == {"04_ldm": 12.5, "05_transfer": 3.0}
+
+
+def test_results_are_drawn_without_a_run(made_up: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    assert study.draw_results(folder) == []
+    for path in study.run_study(SMOKE):
+        write_json(folder / path.name, read_json(path))
+    drawn = study.draw_results(folder)
+    assert [path.stem for path in drawn] == [
+        "study_comparison", *(f"study_ablation_{probe}" for probe in study.PROBES),
+    ]  # fmt: skip
+    for path in drawn:
+        assert path.parent == tmp_path / "figures" and path.stat().st_size > 1000
+        assert len(read_json(path.with_suffix(".json"))["alt"].split()) > 8

@@ -1,0 +1,325 @@
+"""What takes hours: the course's stages 04 to 06 and their ablation over several training seeds.
+
+`tomjerry study` writes `results/compare.json` and `results/ablation.json`, which the repository
+carries; the notebooks read them, say their date, and check that what they train live falls within.
+Each training seed has a run of its own (`runs/<profile>-seed<k>`), whose stages resume by
+themselves: a study that was killed goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tomjerry_utils import UserError, baselines
+from tomjerry_utils.profiles import DEFAULT, Profile
+from tomjerry_utils.runs import (
+    PROVENANCE,
+    environment,
+    hash_obj,
+    log,
+    project_root,
+    read_json,
+    run_root,
+    write_json,
+)
+
+TRAINING_SEEDS = 3
+PROBES = ("action", "facing", "silhouette_iou")  # of the ablation, see `transfer.probe`
+
+
+def run_study(profile: Profile, names: Sequence[str] | None = None) -> list[Path]:
+    """Run studies and write their results.
+
+    Args:
+        profile: the first training seed is its own; its run is shared with the course.
+        names: of :data:`STUDIES`; None for all.
+
+    Returns:
+        The files: in `results/` at the default profile, which is the one that the repository
+        carries; in the profile's own run folder otherwise.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    for name in names or ():
+        if name not in STUDIES:
+            raise UserError(f"no study '{name}': choose from {', '.join(STUDIES)}")
+    own = profile.name == DEFAULT
+    folder = project_root() / "results" if own else run_root(profile) / "results"
+    written = []
+    for name in names or STUDIES:
+        variants = training_seeds(profile)
+        log(f"study {name}: training seeds {', '.join(str(v.seed) for v in variants)}")
+        table = STUDIES[name](variants)
+        record = {
+            "schema": 1,
+            "study": name,
+            "date": time.strftime("%Y-%m-%d"),
+            "profile": profile.name,
+            "seeds": [variant.seed for variant in variants],
+            **table,
+            "seconds": {str(variant.seed): stage_seconds(variant) for variant in variants},
+            "settings": profile.model_dump(mode="json"),
+            **environment(),
+        }
+        written.append(write_json(folder / f"{name}.json", record))
+    return written
+
+
+def results(name: str) -> dict[str, Any] | None:
+    """A study's committed results, or None where there are none."""
+    path = project_root() / "results" / f"{name}.json"
+    return read_json(path) if path.is_file() else None
+
+
+def training_seeds(profile: Profile, count: int = TRAINING_SEEDS) -> list[Profile]:
+    """The profile itself, and copies with the next seeds and runs of their own."""
+    others = range(profile.seed + 1, profile.seed + count)
+    return [
+        profile,
+        *(
+            profile.model_copy(update={"seed": seed, "name": f"{profile.name}-seed{seed}"})
+            for seed in others
+        ),
+    ]
+
+
+def stage_seconds(profile: Profile) -> dict[str, float]:
+    """Seconds that each finished stage of a run took."""
+    found = sorted(run_root(profile).glob(f"[0-9][0-9]_*/{PROVENANCE}"))
+    return {path.parent.name: read_json(path)["seconds"] for path in found}
+
+
+# ---- the comparison ----------------------------------------------------------------------------
+
+
+def compare_seeds(variants: Sequence[Profile]) -> dict[str, Any]:
+    """Stage 06 of every training seed, and one table over seeds and scenes.
+
+    Returns:
+        methods, rows and differences as in stage 06's results, each value the mean over the
+        seeds, with `by_seed`, `ci95` (seeds and scenes drawn anew) and `one_run95`.
+    """
+    from tomjerry_utils import compare, metrics
+    from tomjerry_utils.measures import kid_draws
+
+    runs = [compare.ensure(variant) for variant in variants]
+    first = runs[0].results
+    samples = first["settings"]["bootstrap"]
+    real, _ = metrics.reference()
+    each = {method: _by_scene(runs, method) for method in compare.METHODS}
+    draws = {}
+    for method in compare.METHODS:
+        vectors = [np.load(run.folder / "features.npz")[method] for run in runs]
+        draws[method] = np.stack([kid_draws(v, real, samples=samples) for v in vectors])
+    methods: dict[str, Any] = {}
+    differences: dict[str, dict[str, Any]] = {}
+    for method in compare.METHODS:
+        table = {name: two_level(each[method][name], samples) for name in each[method]}
+        table["kid"] = over_seeds(draws[method])
+        methods[method] = {
+            "metrics": {
+                name: _row([run.results["methods"][method]["metrics"][name] for run in runs], drawn)
+                for name, drawn in table.items()
+            }
+        }
+    for rival in baselines.METHODS:
+        table = {
+            name: two_level(each["ours"][name] - each[rival][name], samples)
+            for name in each["ours"]
+        }
+        table["kid"] = over_seeds(draws["ours"] - draws[rival])
+        differences[rival] = {}
+        for name, drawn in table.items():
+            found = [run.results["differences"][rival][name] for run in runs]
+            row = _row(found, drawn, key="difference")
+            differences[rival][name] = row | {"verdict": compare.verdict(name, row["ci95"])}
+    return {
+        "n": first["n"],
+        "features": first["features"],
+        "methods": methods,
+        "rows": first["rows"],
+        "differences": differences,
+        "seconds_per_picture": {
+            method: [run.results["seconds_per_picture"][method] for run in runs]
+            for method in compare.METHODS
+        },
+    }
+
+
+def _by_scene(runs: Sequence[Any], method: str) -> dict[str, np.ndarray]:
+    """metric → (seeds, scenes), NaN where it does not apply."""
+    rows = [[row for row in run.rows if row["method"] == method] for run in runs]
+    names = [name for name in rows[0][0] if name not in ("method", "seed", "answer")]
+    return {
+        name: np.array([[np.nan if r[name] is None else r[name] for r in run] for run in rows])
+        for name in names
+    }
+
+
+def two_level(values: np.ndarray, samples: int, *, seed: int = 0) -> np.ndarray:
+    """Means of (seeds, scenes) with both drawn anew, (samples,); NaN values are left out.
+
+    NaN where a draw holds no other.
+    """
+    rng = np.random.default_rng(seed)
+    runs, count = values.shape
+    by_run = rng.multinomial(runs, np.full(runs, 1 / runs), size=samples)
+    by_scene = rng.multinomial(count, np.full(count, 1 / count), size=samples)
+    there = ~np.isnan(values)
+    total = ((by_run @ np.where(there, values, 0.0)) * by_scene).sum(1)
+    count_there = ((by_run @ there.astype(float)) * by_scene).sum(1)
+    return np.divide(total, count_there, out=np.full(samples, np.nan), where=count_there > 0)
+
+
+def over_seeds(draws: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Draws of a set's measure (seeds, samples), the seeds drawn anew as well: (samples,)."""
+    runs, samples = draws.shape
+    rng = np.random.default_rng(seed)
+    by_run = rng.multinomial(runs, np.full(runs, 1 / runs), size=samples)
+    return (by_run * draws.T).sum(1) / runs
+
+
+def _row(
+    found: Sequence[Mapping[str, Any]], drawn: np.ndarray, *, key: str = "value"
+) -> dict[str, Any]:
+    values = [float(row[key]) for row in found]
+    return {
+        key: float(np.mean(values)),
+        "ci95": np.nanpercentile(drawn, [2.5, 97.5]).tolist(),
+        "one_run95": one_run(values),
+        "by_seed": values,
+        "n": found[0]["n"],
+    }
+
+
+def one_run(values: Sequence[float]) -> list[float] | None:
+    """Where one more run would fall, 19 times of 20, from the values of a few (t-distribution)."""
+    from scipy.stats import t
+
+    count = len(values)
+    if count < 2:
+        return None
+    reach = float(t.ppf(0.975, count - 1)) * np.std(values, ddof=1) * math.sqrt(1 + 1 / count)
+    return [float(np.mean(values) - reach), float(np.mean(values) + reach)]
+
+
+# ---- the ablation ------------------------------------------------------------------------------
+
+
+def ablate_seeds(variants: Sequence[Profile]) -> dict[str, Any]:
+    """Every row of stage 05's ablation over the training seeds.
+
+    Returns:
+        `rows`, as the course trains them (few steps); `full`, as long as the translator itself;
+        each with its steps, and row → probe → value, ci95, one_run95, by_seed.
+    """
+    from tomjerry_utils import ldm, transfer
+
+    short, full = [], []
+    for variant in variants:
+        made = transfer.ensure(variant)
+        short.append(made.ablation)
+        options = variant.transfer.model_copy(update={"ablation_steps": variant.transfer.steps})
+        longer = variant.model_copy(update={"transfer": options})
+        key = hash_obj([made.key, options.ablation_steps])
+        folder = run_root(variant) / "study" / f"ablation_{key}"
+        full.append(transfer.ablate(longer, ldm.ensure(variant), folder, seed=variant.seed))
+    return {"rows": ablation_table(short), "full": ablation_table(full)}
+
+
+def ablation_table(tables: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Mean and intervals of the same ablation rows over training seeds.
+
+    `ci95` is of the mean over seeds: the spread of the seeds, and that of the few pictures.
+    """
+    from scipy.stats import t
+
+    out: dict[str, Any] = {}
+    for rows in zip(*tables, strict=True):
+        found: dict[str, Any] = {"steps": rows[0]["steps"], "n": rows[0]["n"]}
+        for probe in PROBES:
+            values = [float(row[probe]) for row in rows]
+            mean, count = float(np.mean(values)), len(values)
+            seeds = np.var(values, ddof=1) / count if count > 1 else 0.0
+            # All probes lie in [0, 1], where p(1 − p) bounds a picture's variance.
+            pictures = mean * (1 - mean) / rows[0]["n"]
+            factor = float(t.ppf(0.975, count - 1)) if count > 1 else 1.96
+            reach = math.sqrt(factor**2 * seeds + 1.96**2 * pictures)
+            found[probe] = {
+                "value": mean,
+                "ci95": [max(0.0, mean - reach), min(1.0, mean + reach)],
+                "one_run95": one_run(values),
+                "by_seed": values,
+            }
+        out[rows[0]["row"]] = found
+    return out
+
+
+STUDIES: dict[str, Callable[[Sequence[Profile]], dict[str, Any]]] = {
+    "compare": compare_seeds,
+    "ablation": ablate_seeds,
+}
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
+
+def draw_results(folder: Path) -> list[Path]:
+    """Draw what committed results hold, without a run: `figures/study_*.pdf` beside them."""
+    from tomjerry_utils import compare
+    from tomjerry_utils.figures import save_figure
+
+    drawn = []
+    root = folder.parent
+    if (folder / "compare.json").is_file():
+        table = read_json(folder / "compare.json")
+        path = save_figure(
+            compare.metrics_table_figure(table), "study_comparison", run=root,
+            alt=f"Table of methods and metrics over {len(table['seeds'])} training seeds: ours "
+            "against identity, colour transfer and SDEdit, with 95 % intervals.",
+            extra={"date": table["date"], "seeds": table["seeds"]}, show=False,
+        )  # fmt: skip
+        drawn.append(path.with_suffix(".pdf"))
+    if (folder / "ablation.json").is_file():
+        table = read_json(folder / "ablation.json")
+        for probe in PROBES:
+            path = save_figure(
+                ablation_figure(table, probe), f"study_ablation_{probe}", run=root,
+                alt=f"Ablation: {_PROBE_LABELS[probe]} for each row, from no source at all to the "
+                "whole method, with 95 % intervals over training seeds.",
+                extra={"date": table["date"], "seeds": table["seeds"]}, show=False,
+            )  # fmt: skip
+            drawn.append(path.with_suffix(".pdf"))
+    return drawn
+
+
+_PROBE_LABELS = {
+    "action": "action kept",
+    "facing": "direction kept",
+    "silhouette_iou": "silhouettes' overlap with the source",
+}
+
+
+def ablation_figure(table: Mapping[str, Any], probe: str = "action") -> Any:
+    """One probe of an ablation study for each row, with its interval.
+
+    Args:
+        table: from `results("ablation")`.
+        probe: of :data:`PROBES`.
+    """
+    from tomjerry_utils.figures import intervals
+
+    rows = table["full"]
+    steps = next(iter(rows.values()))["steps"]
+    return intervals(
+        {name: (row[probe]["value"], *row[probe]["ci95"]) for name, row in rows.items()},
+        label=f"{_PROBE_LABELS[probe]}, higher is better ({steps} steps a row)",
+        highlight=[list(rows)[-1]],
+    )
