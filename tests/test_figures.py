@@ -256,3 +256,17 @@ def test_workflow_names_every_stage_and_fits(with_result: bool, images: list[np.
                 assert box.contains(extent.x0, extent.y0), text.get_text()
                 assert box.contains(extent.x1, extent.y1), text.get_text()
     assert inside == len(texts(fig)) - 2  # but for the letters beside two arrows
+
+
+def test_a_notebook_holds_large_sheets_as_jpeg_with_alt_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import IPython.display
+
+    shown: list[object] = []
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    noise = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), np.uint8)
+    figures.save_figure(figures.contact_sheet(noise), "a", alt=ALT, run=tmp_path, show=True)
+    data, metadata = shown[0]._repr_mimebundle_()  # type: ignore[attr-defined]
+    assert data.keys() == {"image/jpeg"} and metadata["image/jpeg"]["alt"] == ALT
+    assert len(data["image/jpeg"]) < 800_000

@@ -62,6 +62,7 @@ __all__ = [
 ]
 
 PREVIEW_PIXELS = 1000  # width of what a notebook shows; the saved files are larger
+PREVIEW_BYTES = 100_000  # of a PNG that a notebook holds; larger ones become JPEG
 
 
 def save_figure(
@@ -419,18 +420,19 @@ def _display(fig: Figure, alt: str) -> None:
     dpi = min(DPI / 2, PREVIEW_PIXELS / fig.get_figwidth())
     with mpl.rc_context(style()):
         fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
-    display(Image(data=_with_palette(buffer), format="png", alt=alt))
+    data, kind = _light(buffer)
+    display(Image(data=data, format=kind, alt=alt))
 
 
-def _with_palette(png: io.BytesIO) -> bytes:
-    """A picture in 256 colours of its own: a quarter of the bytes, and notebooks hold them all."""
+def _light(png: io.BytesIO) -> tuple[bytes, str]:
+    """The PNG where it is small, as drawings are; a fifth as large a JPEG of pictures."""
     from PIL import Image
 
+    if png.tell() <= PREVIEW_BYTES:
+        return png.getvalue(), "png"
     small = io.BytesIO()
-    full = Image.open(png).convert("RGB")
-    # With a palette given, Pillow spreads its errors over the neighbours: no bands in fur and sky.
-    full.quantize(palette=full.quantize(256)).save(small, "PNG", optimize=True)
-    return small.getvalue()
+    Image.open(png).convert("RGB").save(small, "JPEG", quality=86, subsampling=0, optimize=True)
+    return small.getvalue(), "jpeg"
 
 
 def _close(fig: Figure) -> None:
