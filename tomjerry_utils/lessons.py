@@ -39,7 +39,7 @@ def compare(profile: str, rows: Mapping[str, tuple[float, Mapping[str, Range]]])
     for what, (got, ranges) in rows.items():
         low, high = ranges.get(profile, (None, None))
         inside = (low is None or got >= low) and (high is None or got <= high)
-        print(f"{'ok' if inside else '! '} {what:<{width}}  {_range(low, high):>16}  {got:>8.3g}")
+        print(f"{'ok' if inside else '! '} {what:<{width}}  {_range(low, high):>16}  {got:>8.4g}")
 
 
 def _same(answer: Any, right: Any, tolerance: float) -> bool:
