@@ -110,7 +110,7 @@ def _imported(path: Path) -> set[str]:
 
 def test_imports_are_declared() -> None:
     ours = CORE | EXTRAS["notebooks"] | {"tomjerry_utils"}
-    # papermill is built on nbclient, ipykernel on IPython, matplotlib on cycler; no other dependency
+    # papermill is built on nbclient, ipykernel on IPython, matplotlib on cycler; nothing else
     # of a dependency may be leaned on.
     brought = {"nbclient", "ipython", "cycler"}
     for path in MODULES:

@@ -218,11 +218,15 @@ def similarity(
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
+    if source is None and (variant == "vision" or texts is None):
+        raise ValueError(f"variant {variant!r} needs the source here")
     if variant == "vision":
+        assert source is not None
         with torch.no_grad():
             target = blip.vision_features(source)
         return F.cosine_similarity(blip.vision_features(output), target, dim=-1).mean(-1)
     if texts is None:
+        assert source is not None
         texts = [to_natural(text) for text in blip.generate(source)]
     if variant == "contrastive":
         return (blip.image_embeds(output) * blip.text_embeds(texts)).sum(-1)
@@ -277,7 +281,7 @@ def tiny_config(
         "bos_token_id": 5,
     }
     # transformers' own default spread for the vision tower, 1e-10, cannot learn from scratch.
-    vision = {"num_hidden_layers": 4, "image_size": image_size, "patch_size": 8}
+    vision: dict[str, Any] = {"num_hidden_layers": 4, "image_size": image_size, "patch_size": 8}
     vision["initializer_range"] = 0.02
     for part in (text, vision):
         part |= {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size}
@@ -355,7 +359,7 @@ def save(blip: Blip, folder: str | Path, *, half: bool = False) -> None:
 
 
 @torch.no_grad()
-def _place_patches(embeddings: nn.Module) -> None:
+def _place_patches(embeddings: Any) -> None:
     """Start the patch positions as 2-D sines, still trained: left and right are told apart sooner.
 
     As plain ViT baselines do (Beyer et al. 2022, arXiv 2205.01580).

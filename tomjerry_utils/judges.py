@@ -40,6 +40,7 @@ from tomjerry_utils.training import TrainResult, apply_ema, train
 SIZE = 64
 SPECIES = ("cat", "mouse")
 HELD_OUT = 400
+BATCH = 8  # pictures at a time when judging: more outgrow a CPU's cache
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ class Judges:
 def _run(
     net: nn.Module, images: np.ndarray, read: Callable[[Any], Iterable[Tensor]]
 ) -> tuple[np.ndarray, ...]:
-    """Apply a net in batches of 64 and read something off its outputs."""
+    """Apply a net, a few pictures at a time, and read something off its outputs."""
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
         raise ValueError(f"need uint8 (N, H, W, 3), N > 0, got {images.dtype} {images.shape}")
     if images.shape[1:3] != (SIZE, SIZE):
@@ -282,8 +283,9 @@ def _run(
     net.eval()
     parts = []
     with torch.inference_mode():
-        for start in range(0, len(images), 64):
-            out = net(to_tensor(images[start : start + 64]))
+        for start in range(0, len(images), BATCH):
+            batch = to_tensor(images[start : start + BATCH])
+            out = net(batch.to(memory_format=torch.channels_last))
             parts.append([tensor.numpy() for tensor in read(out)])
     net.train(training)
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))

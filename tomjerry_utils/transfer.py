@@ -482,7 +482,7 @@ def ablate(
     images = pictures.images(rows, profile.image_size)
     out = []
     for name, (attention, use_view, with_blip) in ABLATION.items():
-        target = folder / name.replace(" ", "_").replace("+", "with")
+        target = row_folder(folder, name)
         if not (target / "row.json").is_file():
             unet, conditioner, result = train_row(
                 before,
@@ -527,6 +527,11 @@ def ablate(
             )
         out.append(read_json(target / "row.json"))
     return out
+
+
+def row_folder(folder: Path, name: str) -> Path:
+    """Where an ablation in `folder` keeps a row: its `row.json` and `pictures.npz`."""
+    return folder / name.replace(" ", "_").replace("+", "with")
 
 
 class _Blind(Translator):

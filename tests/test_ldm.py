@@ -1,0 +1,207 @@
+"""Stage 04: latents with their conditions, training that resumes, samples, the finished stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models as tiny
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from tomjerry_utils import blip, ldm, scenes, structure
+from tomjerry_utils.denoiser import NO_CLASS, Conditioner, make_scheduler
+from tomjerry_utils.profiles import Profile, load_profile
+from tomjerry_utils.runs import read_json, read_provenance
+from tomjerry_utils.scenes import LABELS
+
+SMOKE = load_profile("smoke")
+TEXTS = ["a cat is sitting on the beach, facing left"] * 3 + ["a mouse is running", "", "a cat"]
+
+
+@pytest.fixture(scope="module")
+def made() -> ldm.LatentSet:
+    """Six cartoons as a denoiser sees them, by models of random weights."""
+    images = tiny.pictures("cartoon", 6)
+    torch.manual_seed(0)
+    net = structure.StructureNet((8, 16)).eval()
+    describer = blip.create_tiny(scenes.vocabulary(), image_size=32, hidden_size=tiny.TEXT_DIM)
+    data, _ = ldm.latent_set(
+        images, ["tom", "jerry", None, "tom_jerry", "cat", "cat_mouse"], TEXTS,
+        vae=tiny.tiny_vae(images), net=net, describer=describer, tone=None,
+        files=[f"{i}.png" for i in range(6)],
+    )  # fmt: skip
+    return data
+
+
+def models(seed: int = 0) -> tuple[UNet2DConditionModel, Conditioner]:
+    torch.manual_seed(seed)
+    unet = tiny.tiny_unet(4 + structure.VIEW_CHANNELS, 4)
+    return unet, Conditioner(text_dim=tiny.TEXT_DIM, dim=32)
+
+
+def test_a_latent_set_holds_everything_a_denoiser_is_told(made: ldm.LatentSet) -> None:
+    assert len(made) == 6
+    assert made.latents.shape == (6, 4, 8, 8)
+    assert made.views.shape == (6, structure.VIEW_CHANNELS, 8, 8)
+    assert made.labels.tolist() == [0, 1, NO_CLASS, 2, 3, 5]
+    # Tones are standardised over the set itself.
+    assert made.views[:, -3:].float().mean((0, 2, 3)).abs().max() < 1e-2
+    # Four different captions, kept once each, in their pictures' order.
+    assert made.table.shape == (4, ldm.TEXT_LENGTH, tiny.TEXT_DIM)
+    assert [made.texts[i] for i in made.row] == TEXTS
+    batch = made.batch(torch.tensor([4, 0]))
+    assert torch.equal(batch.latents, made.latents[[4, 0]])
+    assert torch.equal(batch.text[1], made.table[made.row[0]])
+    assert batch.view.dtype == torch.float32
+
+
+def test_a_latent_set_survives_the_disk_and_joins(made: ldm.LatentSet, tmp_path: Path) -> None:
+    made.save(tmp_path / "set.safetensors")
+    back = ldm.LatentSet.load(tmp_path / "set.safetensors")
+    assert back.files == made.files
+    assert torch.equal(back.latents, made.latents)
+    assert torch.equal(back.views, made.views)
+    both = ldm.join([made, back])
+    assert len(both) == 12
+    assert [both.texts[i] for i in both.row] == TEXTS * 2
+    first, second = both.batch(torch.tensor([3])), both.batch(torch.tensor([9]))
+    assert torch.equal(first.text, second.text)
+    assert torch.equal(first.latents, second.latents)
+
+
+def test_given_tones_are_used_instead_of_measured() -> None:
+    images = tiny.pictures("cartoon", 3)
+    torch.manual_seed(0)
+    net = structure.StructureNet((8, 16)).eval()
+    describer = blip.create_tiny(scenes.vocabulary(), image_size=32, hidden_size=32)
+    parts = {"vae": tiny.tiny_vae(images), "net": net, "describer": describer}
+    tone = ([0.5, 0.5, 0.5], [0.1, 0.1, 0.1])
+    given, used = ldm.latent_set(images, [None] * 3, [""] * 3, tone=tone, **parts)
+    own, measured = ldm.latent_set(images, [None] * 3, [""] * 3, tone=None, **parts)
+    assert used == tone != measured
+    assert not torch.allclose(given.views, own.views)
+
+
+def test_mirrored_text_swaps_sides() -> None:
+    text = "a cat is running on the street, facing left"
+    assert ldm.mirrored_text(text) == "a cat is running on the street, facing right"
+    assert ldm.mirrored_text(ldm.mirrored_text(text)) == text
+
+
+def train(
+    made: ldm.LatentSet, folder: Path, profile: Profile = SMOKE
+) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    unet, conditioner = models()
+    result = ldm.train_denoiser(
+        unet, conditioner, made, make_scheduler("sample"), profile,
+        folder=folder, steps=6, batch_size=4, learning_rate=1e-3,
+    )  # fmt: skip
+    return unet.state_dict(), result.history
+
+
+def test_a_killed_training_ends_as_an_uninterrupted_one(
+    made: ldm.LatentSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, history = train(made, tmp_path / "whole")
+    assert history[-1]["step"] == 6
+    real, calls = ldm.denoising_loss, []
+
+    def killed(*given: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*given, **options)  # type: ignore[arg-type]
+
+    often = SMOKE.model_copy(update={"checkpoint_every_s": 1e-6})
+    monkeypatch.setattr(ldm, "denoising_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(made, tmp_path / "killed", often)
+    monkeypatch.setattr(ldm, "denoising_loss", real)
+    resumed, again = train(made, tmp_path / "killed", often)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [row["loss"] for row in again] == [row["loss"] for row in history]
+    # Finished, it returns at once.
+    monkeypatch.setattr(ldm, "denoising_loss", None)
+    kept, _ = train(made, tmp_path / "whole")
+    assert all(torch.equal(whole[name], kept[name]) for name in whole)
+
+
+def test_another_seed_trains_another_model(made: ldm.LatentSet, tmp_path: Path) -> None:
+    one, _ = train(made, tmp_path / "a")
+    two, _ = train(made, tmp_path / "b", load_profile("smoke", seed=1))
+    assert not torch.allclose(one["conv_in.weight"], two["conv_in.weight"])
+
+
+def test_samples_are_told_their_class_and_nothing_else(made: ldm.LatentSet) -> None:
+    unet, conditioner = models()
+    vae = tiny.tiny_vae(tiny.pictures("cartoon", 6))
+
+    def draw(seed: int = 0) -> dict[str, np.ndarray]:
+        profile = load_profile("smoke", seed=seed)
+        return ldm.sample_classes(
+            unet.eval(), conditioner.eval(), vae, made, make_scheduler("sample"), profile
+        )
+
+    drawn = draw()
+    assert tuple(drawn) == LABELS
+    assert all(v.shape == (2, 32, 32, 3) and v.dtype == np.uint8 for v in drawn.values())
+    again = draw()
+    assert all(np.array_equal(drawn[label], again[label]) for label in LABELS)
+    assert not np.array_equal(drawn["cat"], draw(1)["cat"])
+    # What the first picture's own caption and view are does not matter.
+    other = ldm.LatentSet(**{**vars(made), "table": made.table + 1, "views": made.views + 1})
+    told = ldm.sample_classes(
+        unet, conditioner, vae, other, make_scheduler("sample"), load_profile("smoke", seed=0)
+    )
+    assert all(np.array_equal(drawn[label], told[label]) for label in LABELS)
+
+
+# ---- the stage, at smoke, from the shipped foundation models -----------------------------------
+
+
+@pytest.fixture(scope="module")
+def run() -> ldm.LdmRun:
+    return ldm.ensure(SMOKE)
+
+
+def test_the_stage_leaves_what_the_next_ones_read(run: ldm.LdmRun) -> None:
+    expected = {"autoencoder", "denoiser", "samples", "cartoon.safetensors", "provenance.json"}
+    assert expected <= {path.name for path in run.folder.iterdir()}
+    assert set(run.samples) == set(LABELS)
+    assert {LABELS[i] for i in run.cartoon.labels.tolist()} == {"tom", "jerry", "tom_jerry"}
+    assert {LABELS[i] for i in run.natural.labels.tolist()} == {"cat", "mouse", "cat_mouse"}
+    # Captions are mapped to natural words, so that both domains share them.
+    assert not any("tom" in text.split() for text in run.cartoon.texts)
+    joined = torch.cat([run.cartoon.latents, run.natural.latents])
+    assert joined.mean((0, 2, 3)).abs().max() < 0.2
+    assert [row["step"] for row in run.history][-1] == SMOKE.ldm.steps
+    assert [row["step"] for row in run.autoencoder_history][-1] == SMOKE.ldm.autoencoder_steps
+    tone = run.conditioner.config.tone_mean
+    assert set(tone) == {"cartoon", "natural"}
+    record = read_provenance(run.folder)
+    assert record["key"] == run.key
+    assert record["extra"]["loss"] == run.history[-1]["loss"]
+
+
+def test_its_models_are_plain_diffusers_models(run: ldm.LdmRun) -> None:
+    unet = UNet2DConditionModel.from_pretrained(run.folder / "denoiser" / "unet")
+    vae = AutoencoderKL.from_pretrained(run.folder / "autoencoder")
+    assert unet.config.in_channels == run.unet.config.in_channels
+    assert vae.config.latents_mean == run.vae.config.latents_mean
+    scheduler = read_json(run.folder / "denoiser" / "scheduler" / "scheduler_config.json")
+    assert scheduler["prediction_type"] == "sample"
+
+
+def test_a_finished_stage_is_only_read(run: ldm.LdmRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ldm, "train", None)
+    again = ldm.ensure(SMOKE)
+    assert again.key == run.key
+    assert torch.equal(again.natural.latents, run.natural.latents)
+    assert np.array_equal(again.samples["cat"], run.samples["cat"])
+
+
+def test_what_it_was_made_from_is_in_its_key(run: ldm.LdmRun) -> None:
+    inputs = read_provenance(run.folder)["inputs"]
+    assert {"captions", "manifest", "structure", "autoencoder", "denoiser"} <= set(inputs)
