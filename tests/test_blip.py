@@ -355,7 +355,9 @@ def test_equal_captions_are_no_negatives(model, noise):
 
 
 def test_mirroring_turns_the_caption_with_the_picture(noise):
-    images = to_tensor(noise).repeat(20, 1, 1, 1)
+    # Broad patches, which survive being moved by a few pixels.
+    images = to_tensor(np.kron(noise[:, :4, :4], np.ones((1, 8, 8, 1), np.uint8)))
+    images = images.repeat(20, 1, 1, 1)
     generator = torch.Generator().manual_seed(0)
     turned, texts = blip.augment(images, TEXTS * 20, generator)
     original = [text == TEXTS[i % 3] for i, text in enumerate(texts)]
@@ -363,7 +365,7 @@ def test_mirroring_turns_the_caption_with_the_picture(noise):
     for i, same in enumerate(original):
         other = images[i] if same else images[i].flip(-1)
         one, two = turned[i].flatten(), other.flatten()
-        assert torch.corrcoef(torch.stack([one, two]))[0, 1] > 0.8
+        assert torch.corrcoef(torch.stack([one, two]))[0, 1] > 0.5
 
 
 def test_lora_trains_adapters_and_heads_only_and_leaves_a_plain_blip(dozen, tmp_path):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
 
-from tomjerry_utils import UserError, foundation, ldm, scenes, structure
+from tomjerry_utils import UserError, blip, foundation, ldm, scenes, structure
 from tomjerry_utils import autoencoder as ae
 from tomjerry_utils.images import to_tensor
 from tomjerry_utils.runs import foundation_root, read_json, read_jsonl
@@ -43,6 +44,11 @@ def test_pictures_come_from_their_own_ranges() -> None:
 # ---- made anew, in a project of its own --------------------------------------------------------
 
 
+def unwarmed(train: Any, *given: Any, **options: Any) -> Any:
+    """`train` without its warm-up, which is longer than these trainings."""
+    return train(*given, **{**options, "warmup_steps": 0})
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every step in its order, with a handful of pictures and steps."""
@@ -54,6 +60,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOMJERRY_ROOT", str(root))
         patch.setattr(foundation, "PICTURES", few)
+        for module in (foundation, blip, ldm):
+            patch.setattr(module, "train", functools.partial(unwarmed, module.train))
         for name, options in foundation.STEPS.items():
             small = {"steps": 2, "batch_size": 4}
             patch.setitem(foundation.STEPS, name, {**options, **small})
@@ -81,7 +89,7 @@ def test_what_was_made_can_be_loaded(workshop: Path, monkeypatch: pytest.MonkeyP
     vae = ae.load_autoencoder(root / "autoencoder")
     assert vae.dtype == torch.float32
     assert len(vae.config.latents_std) == vae.config.latent_channels
-    unet, conditioner = ldm.load_denoiser(root / "denoiser", **ldm._sizes(vae, 0))
+    unet, conditioner = ldm.load_denoiser(root / "denoiser")
     assert unet.config.in_channels == vae.config.latent_channels + structure.VIEW_CHANNELS
     assert conditioner.config.text_dim == 128
     assert structure.load_structure(root / "structure").config.channels
@@ -168,7 +176,7 @@ def test_the_shipped_denoiser_draws_what_a_view_says() -> None:
     root = foundation_root()
     vae = ae.load_autoencoder(root / "autoencoder")
     net = structure.load_structure(root / "structure")
-    unet, conditioner = ldm.load_denoiser(root / "denoiser", **ldm._sizes(vae, 0))
+    unet, conditioner = ldm.load_denoiser(root / "denoiser")
     scheduler = ldm.make_scheduler("sample")
     images = held_out()["images"]
     uint8 = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
