@@ -86,7 +86,7 @@ def kid_interval(
     break the estimator's unbiasedness, and the interval could then miss the value.
     """
     values = kid_draws(features_a, features_b, samples=samples, seed=seed)
-    return np.percentile(values, [2.5, 97.5]).tolist()
+    return np.nanpercentile(values, [2.5, 97.5]).tolist()
 
 
 def kid_draws(
@@ -106,7 +106,9 @@ def kid_draws(
         kernel = _kernel(points, points)
         np.fill_diagonal(kernel, 0)
         pairs = weights.sum(1) ** 2 - (weights**2).sum(1)
-        return ((weights @ kernel) * weights).sum(1) / pairs
+        total = ((weights @ kernel) * weights).sum(1)
+        # Of two or three pictures, a draw may hold one alone: it has no pair and says nothing.
+        return np.divide(total, pairs, out=np.full(samples, np.nan), where=pairs > 0)
 
     across = ((weights_a @ _kernel(features_a, features_b)) * weights_b).sum(1) / (n * m)
     return inside(features_a, weights_a) + inside(features_b, weights_b) - 2 * across
