@@ -337,6 +337,10 @@ for name, value in listening.items():
     print(f"{name:<20} {value:>7.3f}")
 
 # %% [markdown]
+# After minutes it hears the **domain** clearly, since paint and fur differ everywhere, and the
+# **animal** hardly: most of a picture is background, which does not depend on who sits in it. A
+# class alone is a thin thread to hold a translation by.
+#
 # **Guidance** makes it listen harder. Run the model twice, with the class and without, and go
 # further in the direction that the class points to:
 #
@@ -384,10 +388,10 @@ saved = figures.save_figure(
 # The poster's discussion asks for this ("Markovian process could be modified akin to denoising
 # diffusion implicit models").
 #
-# Below, the model is given the views and captions of six natural pictures, and must draw them.
+# Below, the model is given the views and captions of five natural pictures, and must draw them.
 
 # %%
-order = torch.randperm(len(run.natural), generator=torch.Generator().manual_seed(seed + 2))[:6]
+order = torch.randperm(len(run.natural), generator=torch.Generator().manual_seed(seed + 2))[:5]
 shown_batch = run.natural.batch(order).to(device)
 tried, seconds = (1, 2, 4, 8, 16, 32), {}
 drawn: dict[int, torch.Tensor] = {}
@@ -412,7 +416,7 @@ figure = figures.contact_sheet(
 saved = figures.save_figure(
     figure,
     "ddim_steps",
-    alt="Six natural pictures, and what the model draws of their views and captions in 1, 2, 4, 8, "
+    alt="Five natural pictures, and what the model draws of their views and captions in 1, 2, 4, 8, "
     "16 and 32 steps of DDIM: after one step a blur, after eight nearly what 32 steps give.",
     run=settings,
     notebook="04_ldm_training",
@@ -548,9 +552,9 @@ compare(
     profile,
     {
         "PSNR, cartoon, dB": (quality["cartoon"], {"smoke": (15, None), "mini": (25, None)}),
-        "PSNR, natural, dB": (quality["natural"], {"smoke": (20, None), "mini": (28, None)}),
-        "loss, wrong domain / right class": (hears, {"smoke": (0.8, None), "mini": (1.02, None)}),
-        "distance of 8 steps to 32": (distance[8], {"smoke": (0, 2), "mini": (0, 0.3)}),
+        "PSNR, natural, dB": (quality["natural"], {"smoke": (20, None), "mini": (29, None)}),
+        "loss, wrong domain / right class": (hears, {"smoke": (0.8, None), "mini": (1.01, None)}),
+        "distance of 8 steps to 32": (distance[8], {"smoke": (0, 2), "mini": (0, 0.05)}),
         "distance of 1 step to 32": (distance[1], {"smoke": (0, 3), "mini": (0.1, None)}),
     },
 )

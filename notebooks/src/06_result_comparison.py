@@ -333,15 +333,18 @@ for (cls, answer), count in sorted({pair: missed.count(pair) for pair in missed}
     print(f"  {cls} seen as {answer}: {count}")
 
 # %% [markdown]
-# Three causes account for most failures:
+# What a `mini` run teaches here:
 #
-# - **The reading was wrong.** The translator draws what the segmenter read off the cartoon. A mouse
-#   that was read as a part of the cat's paw is drawn as one.
-# - **Small and thin things.** A tail or a far leg is one pixel wide on the 16 × 16 grid of latents.
-#   Part maps tell where it is, the decoder has too few numbers to draw it.
-# - **Two animals that touch.** Where cat and mouse meet, their parts blend, and so do their coats.
-#
-# None of these is about diffusion as such; all are about what the model is told, and how finely.
+# - **Mice are harder than cats.** What the class judge gets wrong are mice that came out as small
+#   cats. Ears, nose and tail tell them apart, and those are few pixels; the lowest overlaps are
+#   those of lying mice, little more than a ball.
+# - **Small and thin things.** A tail or a far leg is one cell wide on the 16 × 16 grid of latents.
+#   The part map says where it is; the decoder has too few numbers to draw it.
+# - **Fur.** Compare the rows *autoencoder* and *floor*: a good part of the KID that is left is lost
+#   before any diffusion, because the autoencoder smooths the finest detail.
+# - **Readings.** The translator draws what was read off the cartoon. Where that was wrong,
+#   everything after it is about something else; on these clean cartoons that is rare, on drawings
+#   by other hands (notebook 05, section 8) it is the rule.
 #
 # What does a translation cost?
 
@@ -478,13 +481,16 @@ floor = rows["floor"]
 compare(
     profile,
     {
-        "floor: class accuracy": (floor["class_accuracy"]["value"], {"mini": (0.98, 1)}),
-        "class accuracy": (mine["class_accuracy"]["value"], {"smoke": (0, 1), "mini": (0.8, 1)}),
-        "action accuracy": (mine["action_accuracy"]["value"], {"smoke": (0, 1), "mini": (0.7, 1)}),
-        "mask IoU": (mine["mask_iou"]["value"], {"smoke": (0, 1), "mini": (0.55, 1)}),
+        "floor: class accuracy": (
+            floor["class_accuracy"]["value"],
+            {"smoke": (0.9, 1), "mini": (0.98, 1)},
+        ),
+        "class accuracy": (mine["class_accuracy"]["value"], {"smoke": (0, 1), "mini": (0.9, 1)}),
+        "action accuracy": (mine["action_accuracy"]["value"], {"smoke": (0, 1), "mini": (0.9, 1)}),
+        "mask IoU": (mine["mask_iou"]["value"], {"smoke": (0, 1), "mini": (0.6, 1)}),
         "KID, ours / cartoons": (
             mine["kid"]["value"] / cartoon["kid"]["value"],
-            {"smoke": (0, 3), "mini": (-0.1, 0.35)},
+            {"smoke": (0, 3), "mini": (-0.1, 0.7)},
         ),
         "paired / unpaired width": (widths["identity"], {"smoke": (0, 1.2), "mini": (0, 1)}),
     },
