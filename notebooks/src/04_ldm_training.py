@@ -416,8 +416,8 @@ figure = figures.contact_sheet(
 saved = figures.save_figure(
     figure,
     "ddim_steps",
-    alt="Five natural pictures, and what the model draws of their views and captions in 1, 2, 4, 8, "
-    "16 and 32 steps of DDIM: after one step a blur, after eight nearly what 32 steps give.",
+    alt="Five natural pictures, and what the model draws of their views and captions in 1, 2, 4, "
+    "8, 16 and 32 steps of DDIM: after one step a blur, after eight nearly what 32 steps give.",
     run=settings,
     notebook="04_ldm_training",
 )
