@@ -121,7 +121,8 @@ def _ship(
     with atomic_dir(target) as folder:
         save(folder)
         write_jsonl(folder / "history.jsonl", history)
-        weights = {p.name: p.stat().st_size for p in sorted(folder.rglob("*.safetensors"))}
+        files = sorted(folder.rglob("*.safetensors"))
+        weights = {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
         write_json(
             folder / "provenance.json",
             {
