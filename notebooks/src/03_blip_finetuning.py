@@ -252,8 +252,8 @@ for slot in ("subject", "action", "place", "direction"):
 # %% [markdown]
 # The hardest slot is *who*. The zoo taught this tower that proportions mean nothing: any animal may
 # have any ears. To tell a mouse from a cat it has to unlearn that, and at `mini` it gets three in
-# four right after its minutes of training. The cartoons' **class** therefore comes from the data and
-# not from the caption wherever it matters, in notebooks 04 and 05.
+# four right after its minutes of training. So notebooks 04 and 05 never take the **class** from a
+# caption: it comes from the data, or from the parts of the animals that a network sees.
 #
 # ## 5 · Does it look?
 #
