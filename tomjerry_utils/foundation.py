@@ -335,7 +335,7 @@ def make_translator() -> Path:
         "translator",
         save,
         seconds=source["seconds"],
-        history=read_jsonl(made / "history.jsonl"),
+        history=read_jsonl(made / "training" / "history.jsonl"),
         made_by="make course",
         course=source,
     )
