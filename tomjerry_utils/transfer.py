@@ -651,6 +651,11 @@ def ship(made: Path, folder: Path) -> None:
     for name in ("denoiser", "autoencoder", "structure", "blip"):
         shutil.copytree(made / name, folder / name)
     shutil.copy(made / "translator.json", folder / "translator.json")
+    for path in folder.rglob("config.json"):
+        # Where the weights lay on the machine that made them is nobody's business.
+        config = read_json(path)
+        config.pop("_name_or_path", None)
+        write_json(path, config)
     for path in folder.rglob("*.safetensors"):
         halves = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
         save_file(halves, path, metadata={"format": "pt"})
