@@ -296,14 +296,24 @@ def joint_loss(
 def augment(
     images: torch.Tensor, texts: Sequence[str], generator: torch.Generator
 ) -> tuple[torch.Tensor, list[str]]:
-    """Mirror half of the pictures, left and right in their captions with them; vary colours."""
-    flip = torch.rand(len(images), generator=generator) < 0.5
-    images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
-    gain, shift = 0.15 * torch.randn(2, len(images), 3, 1, 1, generator=generator)
+    """Mirror half of the pictures, left and right in their captions with them; move, zoom, tint.
+
+    images: (B, 3, H, W), float in [-1, 1]. Nothing that a caption says changes but the direction.
+    """
+    count = len(images)
+    flip = torch.rand(count, generator=generator) < 0.5
+    zoom = 1 + 0.12 * (2 * torch.rand(count, generator=generator) - 1)
+    moves = torch.zeros(count, 2, 3)
+    moves[:, 0, 0] = torch.where(flip, -zoom, zoom)
+    moves[:, 1, 1] = zoom
+    moves[:, :, 2] = 0.12 * (2 * torch.rand(count, 2, generator=generator) - 1)
+    grid = F.affine_grid(moves, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    gain, shift = 0.08 * torch.randn(2, count, 3, 1, 1, generator=generator)
     other = {"left": "right", "right": "left"}
     turned = [re.sub(r"\b(left|right)\b", lambda m: other[m[0]], text) for text in texts]
     return (images * (1 + gain) + shift).clamp(-1, 1), [
-        turned[i] if flip[i] else texts[i] for i in range(len(texts))
+        turned[i] if flip[i] else texts[i] for i in range(count)
     ]
 
 
