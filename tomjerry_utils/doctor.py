@@ -161,7 +161,7 @@ def _weights() -> Iterator[Finding]:
         for file in files:
             size = file.stat().st_size
             total += size
-            promised = _promised(folder).get(file.name, size)
+            promised = _promised(folder).get(file.relative_to(folder).as_posix(), size)
             yield Finding(
                 f"weights {model}",
                 f"{file.relative_to(folder)}  {size / 1e6:.1f} MB  sha256 {hash_file(file)[:16]}",
