@@ -618,7 +618,7 @@ matrices = [m.weight.T for m in (layer.to_q, layer.to_k, layer.to_v)]
 answer = poster_attention(words[0], places[0], *matrices)
 wanted = layer(source, words, mask)[0]
 check(
-    answer if answer is None else float((layer.out(answer) - wanted).abs().max()),
+    answer if answer is None else float((layer.out(answer) - wanted).detach().abs().max()),
     0.0,
     tolerance=1e-4,
 )
