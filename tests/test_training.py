@@ -220,6 +220,7 @@ def test_sigterm_of_a_scheduler_writes_a_checkpoint_first(tmp_path: Path) -> Non
         def loss_fn(batch, step, generator):
             if step == 20:
                 os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)  # a step is so short that all could be over before it arrives
             return inner(batch, step, generator)
         train({{"net": net}}, loss_fn, batches, folder={str(tmp_path / "run")!r}, **{SETTINGS!r})
         """)
