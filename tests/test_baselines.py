@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -182,6 +183,14 @@ def test_every_method_gives_pictures_and_classes(translator: Any, cartoons: np.n
         assert names[0] == "tom" and names[3] == "both"
         assert set(names) <= set(scenes.CLASSES)
         assert np.array_equal(made, cartoons) == (method == "identity")
+
+
+def test_sdedit_has_the_translators_camera(translator: Any, cartoons: np.ndarray) -> None:
+    named = ["tom"] * len(cartoons)
+    smooth, _ = baselines.run("sdedit", translator, cartoons, named, seed=0)
+    taken, _ = baselines.run("sdedit", replace(translator, grain=0.02), cartoons, named, seed=0)
+    gap = (taken.astype(int) - smooth)[(smooth > 20) & (smooth < 235)]
+    assert gap.std() == pytest.approx(0.02 * 255, rel=0.1)
 
 
 def test_sdedit_uses_stage_04_where_it_is_given(translator: Any, cartoons: np.ndarray) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from tomjerry_utils import UserError, course, runs
 from tomjerry_utils.profiles import load_profile
+from tomjerry_utils.runs import run_root
 
 SMOKE = load_profile("smoke")
 FIRST = """# ---
@@ -31,6 +32,7 @@ FIRST = """# ---
 
 # %% tags=["parameters"]
 profile: str = "mini"
+seed: int = 0
 
 # %%
 import os
@@ -42,7 +44,7 @@ figures.mkdir(parents=True, exist_ok=True)
 for kind in ("pdf", "png", "json"):
     (figures / f"first.{kind}").write_text("drawn")
 print("a log line", file=sys.stderr)
-print(profile, Path.cwd() / "x")
+print(profile, Path.cwd() / "x", seed)
 
 # %%
 1 + 1
@@ -52,6 +54,7 @@ SECOND = """# %% [markdown]
 
 # %% tags=["parameters"]
 profile: str = "mini"
+seed: int = 0
 
 # %%
 import os
@@ -98,6 +101,7 @@ def test_runs_in_order_then_skips(
         o.text for c in book.cells for o in c.get("outputs", []) if o.get("name") == "stdout"
     ]
     assert printed[0].startswith(f"smoke {project}")
+    assert printed[0].split()[-1] == "0"
     told = capfd.readouterr().err
     assert re.search(r"\[1/2\] 00_first: done in \d+\.\d min", told)
     assert "a log line" in told
@@ -239,6 +243,14 @@ def test_unknown_notebook(project: Path) -> None:
 # ---- sources and committed copies --------------------------------------------------------------
 
 
+def test_the_profiles_seed_reaches_the_notebooks(project: Path, fresh_runs: Path) -> None:
+    profile = load_profile("smoke", seed=7)
+    course.run_course(profile, ["00"])
+    book = nbformat.read(run_root(profile) / "notebooks" / "00_first.ipynb", as_version=4)
+    printed = [o.text for c in book.cells for o in c.get("outputs", []) if "text" in o]
+    assert any(text.split()[-1:] == ["7"] for text in printed)
+
+
 def test_sync_and_check(project: Path, fresh_runs: Path) -> None:
     assert len(course.check_pairs()) == 2
     with pytest.raises(UserError, match="no executed copy"):
@@ -312,6 +324,16 @@ def _write_pair(project: Path) -> None:
                     )
                 ]
         nbformat.write(course._clean(book, source), project / "notebooks" / f"{source.stem}.ipynb")
+
+
+def test_a_committed_picture_keeps_its_words(project: Path) -> None:
+    """Those who cannot see a picture are told what it shows; nothing else of its metadata stays."""
+    shown = nbformat.v4.new_output(
+        "display_data",
+        data={"image/png": "…"},
+        metadata={"image/png": {"alt": "a cat that sits", "width": 3}, "day": "Monday"},
+    )
+    assert course._clean_output(shown).metadata == {"image/png": {"alt": "a cat that sits"}}
 
 
 def test_too_large_a_copy_is_refused(

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tomjerry_utils import UserError
+from tomjerry_utils import UserError, scenes
 from tomjerry_utils.images import (
     GROUND,
+    add_grain,
     grid,
     list_images,
     load_image,
+    measure_grain,
     resize,
     save_image,
     to_tensor,
@@ -209,6 +211,33 @@ def test_tensors_and_back_are_exact() -> None:
     assert levels.max() == 255
     with pytest.raises(ValueError, match="uint8"):
         to_tensor(levels.astype(np.float32))
+
+
+@pytest.mark.parametrize("amount", [0.005, 0.01, 0.03])
+def test_the_grain_of_photographs_is_measured(amount: float) -> None:
+    """Added noise is found again, whatever is in the picture; slopes and texture are not noise."""
+    clean = scenes.render_many(range(2_000_000, 2_000_040), "natural", 64, workers=1, noise=False)
+    assert measure_grain(clean["image"]) < 0.003
+    taken = add_grain(clean["image"], amount, seed=0, numbers=range(40))
+    assert measure_grain(taken) == pytest.approx(amount, abs=0.001 + 0.1 * amount)
+
+
+def test_grain_of_flat_and_of_clipped_pictures() -> None:
+    flat = np.full((6, 64, 64, 3), 120, np.uint8)
+    assert measure_grain(flat) == 0
+    noisy = add_grain(flat, 0.01, seed=3, numbers=range(6))
+    assert measure_grain(noisy) == pytest.approx(0.01, rel=0.05)
+    assert measure_grain(np.full((2, 64, 64, 3), 255, np.uint8)) == 0
+
+
+def test_grain_belongs_to_the_picture_not_to_the_batch() -> None:
+    flat = np.full((4, 16, 16, 3), 120, np.uint8)
+    whole = add_grain(flat, 0.02, seed=1, numbers=range(4))
+    assert np.array_equal(add_grain(flat[:2], 0.02, seed=1, numbers=[2, 3]), whole[2:])
+    assert not np.array_equal(add_grain(flat, 0.02, seed=2, numbers=range(4)), whole)
+    assert not np.array_equal(whole[0], whole[1])
+    assert abs(float(whole.mean()) - 120) < 0.3
+    assert np.array_equal(add_grain(flat, 0.0, seed=1, numbers=range(4)), flat)
 
 
 def test_grid_places_pictures() -> None:

@@ -15,7 +15,7 @@ from tomjerry_utils.autoencoder import encode_all, measure_latents, tiny_autoenc
 from tomjerry_utils.denoiser import Batch, Conditioner, make_scheduler
 
 if TYPE_CHECKING:
-    from tomjerry_utils.transfer import Translator
+    from tomjerry_utils.translator import Translator
 
 SIZE = 32
 TEXT_DIM = 64
@@ -90,7 +90,7 @@ def tiny_vae(images: np.ndarray, *, seed: int = 0) -> AutoencoderKL:
 def tiny_translator(*, attention: str | None = "ldm", seed: int = 0) -> Translator:
     """A translator of random weights; nothing it draws looks like anything."""
     from tomjerry_utils import baselines, blip
-    from tomjerry_utils.transfer import Translator
+    from tomjerry_utils.translator import Translator
 
     images = pictures("cartoon", 6)
     vae = tiny_vae(images, seed=seed)

@@ -19,13 +19,13 @@ from torch import Tensor
 from tomjerry_utils import UserError, structure
 from tomjerry_utils.autoencoder import decode, encode_all, factor_of
 from tomjerry_utils.denoiser import Batch, Conditioner, sample, with_attention
-from tomjerry_utils.images import to_uint8
+from tomjerry_utils.images import add_grain, to_uint8
 from tomjerry_utils.scenes import LABELS, label_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-    from tomjerry_utils.transfer import Translator
+    from tomjerry_utils.translator import Translator
 
 METHODS = ("identity", "colour", "sdedit")
 TITLES = {"identity": "identity", "colour": "colour transfer", "sdedit": "SDEdit"}
@@ -105,7 +105,8 @@ def run(
         strength=strength,
         guidance_scale=translator.guidance_scale,
     )
-    return made, names
+    # The same camera as the translator's, so that neither gains by its grain.
+    return add_grain(made, translator.grain, seed=seed, numbers=range(len(made))), names
 
 
 def read_classes(

@@ -176,10 +176,10 @@ def _caption(arguments: argparse.Namespace) -> None:
 
 
 def _translate(arguments: argparse.Namespace) -> None:
-    from tomjerry_utils import transfer
     from tomjerry_utils.profiles import load_profile
+    from tomjerry_utils.translate import translate_files
 
-    report = transfer.translate_files(
+    report = translate_files(
         arguments.input,
         arguments.out,
         profile=load_profile(arguments.profile),

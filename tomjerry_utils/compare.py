@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from tomjerry_utils.runs import (
     write_json,
     write_jsonl,
 )
+from tomjerry_utils.translator import Translator
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +110,7 @@ def ensure(profile: Profile) -> CompareRun:
     before = transfer.ensure(profile)
     judges = sorted((foundation_root() / "judges").rglob("*.safetensors"))
     inputs = {"transfer": before.key, "judges": hash_obj([hash_file(file) for file in judges])}
-    stage = open_stage(profile, STAGE, profile.compare, inputs)
+    stage = open_stage(profile, STAGE, profile.compare, inputs, version=2)
     if not stage.finished:
         with stage.lock():
             if not stage.finished:
@@ -151,7 +152,7 @@ def held_out_seeds(count: int) -> list[int]:
 # ---- translating -------------------------------------------------------------------------------
 
 
-def _make(stage: Stage, profile: Profile, translator: transfer.Translator) -> None:
+def _make(stage: Stage, profile: Profile, translator: Translator) -> None:
     """Translate by every method, score, pick; what a killed run had finished is not redone."""
     folder, options = stage.folder, profile.compare
     judges = load_judges()  # first of all: without them the rest would be in vain
@@ -170,6 +171,13 @@ def _make(stage: Stage, profile: Profile, translator: transfer.Translator) -> No
     ]
     write_jsonl(folder / "scenes.jsonl", known)
     results, rows, vectors = score_all(folder, seeds, judges=judges, bootstrap=options.bootstrap)
+    # What the camera's grain does to the measures: the same pictures without it.
+    smooth = folder / "work" / "smooth"
+    translate_all("ours", smooth, sources, seeds, profile, replace(translator, grain=0.0), model)
+    results["without_grain"] = metrics.score(
+        Pictures(smooth, seeds)["ours"], seeds, judges=judges, bootstrap=options.bootstrap
+    )["metrics"]
+    results["grain"] = translator.grain
     results["seconds_per_picture"] = {m: round(done[m].seconds / len(seeds), 4) for m in METHODS}
     results["settings"] = {**options.model_dump(mode="json"), "size": profile.image_size}
     write_jsonl(folder / "scores.jsonl", rows)
@@ -203,7 +211,7 @@ def translate_all(
     sources: np.ndarray,
     seeds: Sequence[int],
     profile: Profile,
-    translator: transfer.Translator,
+    translator: Translator,
     model: baselines.Model,
 ) -> Translated:
     """Write `<folder>/<method>/<seed>.png` for all sources, batch by batch.

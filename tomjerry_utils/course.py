@@ -167,7 +167,8 @@ def _run_notebook(profile: Profile, source: Path, key: str, given: str) -> float
     record = folder / f"{source.stem}.json"
     record.unlink(missing_ok=True)
     began = time.time()
-    seconds = execute(source, folder / f"{source.stem}.ipynb", parameters={"profile": given})
+    parameters = {"profile": given, "seed": profile.seed}
+    seconds = execute(source, folder / f"{source.stem}.ipynb", parameters=parameters)
     figures = (run_root(profile) / "figures").glob("*")
     write_json(
         record,
@@ -433,7 +434,11 @@ def _clean_output(output: Any) -> Any:
     if WIDGET in data:
         # A live widget cannot be stored; its static picture, if any, is an output of its own.
         return None
-    output["metadata"] = {}
+    # Of the metadata, a picture's words for those who cannot see it.
+    said = {
+        kind: {"alt": about["alt"]} for kind, about in output.metadata.items() if "alt" in about
+    }
+    output["metadata"] = said
     for kind, value in data.items():
         if isinstance(value, str) and kind.startswith("text/"):
             data[kind] = _without_root(value)

@@ -11,9 +11,9 @@ each with a 95 % bootstrap interval over pictures:
 
 Four rows say what the numbers mean. `floor` is the best that can be reached: the twins themselves
 with the camera's noise, so what is missing to 1 is the judges' own error. `autoencoder` is the
-twins through encoder and decoder: the best that a latent diffusion model on it can reach. `ceiling`
-is a translator that paints perfectly and ignores its source: the twin of the next scene. `identity`
-is the cartoon untranslated, which is also the worst KID of interest.
+twins through encoder and decoder, with that noise again: the best that a latent diffusion model on
+it can reach. `ceiling` is a translator that paints perfectly and ignores its source: the twin of
+the next scene. `identity` is the cartoon untranslated, which is also the worst KID of interest.
 """
 
 from __future__ import annotations
@@ -317,7 +317,7 @@ def rows(
             back.append(to_uint8(decode(vae, encode(vae, batch))))
     sets = {
         "floor": floor,
-        "autoencoder": np.concatenate(back),
+        "autoencoder": _with_noise(np.concatenate(back), 1),
         "ceiling": np.roll(floor, 1, axis=0),
         "identity": scenes.render_many(list(truth.seeds), "cartoon", SIZE)["image"],
     }

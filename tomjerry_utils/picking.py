@@ -21,7 +21,7 @@ from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import hash_obj
 
 if TYPE_CHECKING:
-    from tomjerry_utils.transfer import Translator
+    from tomjerry_utils.translator import Translator
 
 KINDS = ("best", "random", "worst")
 PICKS = 2  # of each kind and class; the poster shows two

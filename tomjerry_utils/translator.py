@@ -1,0 +1,271 @@
+"""The translator: all that turns a cartoon into a photograph, as one object and one folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from tomjerry_utils import UserError, blip, ldm, structure
+from tomjerry_utils.autoencoder import decode, encode_all, factor_of, load_autoencoder
+from tomjerry_utils.denoiser import Batch, Conditioner, load_denoiser, make_scheduler, sample
+from tomjerry_utils.images import add_grain, to_uint8
+from tomjerry_utils.profiles import Profile
+from tomjerry_utils.runs import log, read_json, write_json
+from tomjerry_utils.scenes import CLASSES, LABELS
+from tomjerry_utils.training import pick_device
+
+SUBJECTS = {"tom": "a cat is", "jerry": "a mouse is", "both": "a cat and a mouse are"}
+
+
+@dataclass(eq=False)
+class Translator:
+    """Everything that turns a cartoon into a photograph."""
+
+    unet: UNet2DConditionModel
+    conditioner: Conditioner
+    scheduler: DDIMScheduler
+    vae: AutoencoderKL
+    net: structure.StructureNet
+    describer: blip.Blip
+    size: int
+    steps: int
+    guidance_scale: float
+    blip_guidance: float = 0.0
+    blip_variant: str = "contrastive"
+    colour: dict[str, Any] | None = None
+    grain: float = 0.0  # deviation, as a share of the range; see `images.measure_grain`
+
+    def translate(
+        self,
+        images: np.ndarray,
+        classes: Sequence[str | None] | None = None,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        blip_guidance: float | None = None,
+        batch_size: int = 50,
+        start: str = "noise",
+        strength: float = 1.0,
+        numbers: Sequence[int] | None = None,
+    ) -> Translation:
+        """Translate cartoons.
+
+        Args:
+            images: (N, S, S, 3) uint8 at the translator's size.
+            classes: tom, jerry, both, or None to read the class off the picture.
+            seed: a picture's noise and grain depend on this and on its number alone.
+            numbers: the pictures' numbers; None counts them from 0.
+            steps: DDIM steps; None for the profile's.
+            start, strength: "source" begins from the noised source latents (SDEdit).
+        """
+        out, captions, names = [], [], []
+        places = range(len(images)) if numbers is None else numbers
+        for begin in range(0, len(images), batch_size):
+            part = images[begin : begin + batch_size]
+            wanted = None if classes is None else classes[begin : begin + batch_size]
+            conditions = self.conditions(part, wanted)
+            captions += conditions.captions
+            names += conditions.classes
+            latents = self._sample(
+                conditions,
+                part,
+                seed=seed,
+                numbers=places[begin : begin + batch_size],
+                steps=steps or self.steps,
+                blip_guidance=self.blip_guidance if blip_guidance is None else blip_guidance,
+                start=start,
+                strength=strength,
+            )
+            with torch.no_grad():
+                drawn = to_uint8(decode(self.vae, latents))
+            out.append(add_grain(drawn, self.grain, seed=seed, numbers=places[begin:][: len(part)]))
+        return Translation(np.concatenate(out), names, captions)
+
+    def conditions(self, images: np.ndarray, classes: Sequence[str | None] | None) -> Conditions:
+        """View, caption and class of source pictures, read by our own models alone."""
+        device = self.unet.device
+        pictures = torch.from_numpy(images)
+        grid = (images.shape[1] // factor_of(self.vae), images.shape[2] // factor_of(self.vae))
+        views, maps = structure.look(self.net, pictures, grid)
+        tone = (
+            self.conditioner.config.tone_mean["cartoon"],
+            self.conditioner.config.tone_std["cartoon"],
+        )
+        views = structure.standardise(views, *tone)
+        read = structure.classify(maps)
+        names = [
+            r if c in (None, "auto") else c
+            for r, c in zip(read, classes or [None] * len(images), strict=True)
+        ]
+        captions = [
+            with_subject(blip.to_natural(text), name)
+            for text, name in zip(self.describer.generate(images), names, strict=True)
+        ]
+        with torch.no_grad():
+            text, mask = self.describer.text_tokens(captions, length=ldm.TEXT_LENGTH)
+        labels = torch.tensor([LABELS.index("cat") + CLASSES.index(n) for n in names])
+        channels = self.vae.config.latent_channels
+        batch = Batch(
+            latents=torch.zeros(len(images), channels, *grid),
+            labels=labels,
+            text=text.cpu().float(),
+            mask=mask.cpu(),
+            view=views,
+        )
+        return Conditions(batch.to(device), names, captions)
+
+    def _sample(
+        self,
+        conditions: Conditions,
+        images: np.ndarray,
+        *,
+        seed: int,
+        numbers: Sequence[int],
+        steps: int,
+        blip_guidance: float,
+        start: str,
+        strength: float,
+    ) -> Tensor:
+        batch = conditions.batch
+        source = None
+        if start == "source":
+            source = encode_all(self.vae, torch.from_numpy(images)).to(batch.latents)
+        guide = None
+        if blip_guidance:
+            guide = self._guide(images, conditions.captions, blip_guidance)
+        noise = _noise(batch.latents.shape[1:], seed, numbers)
+        return sample(
+            self.unet,
+            self.conditioner,
+            batch,
+            self.scheduler,
+            steps=steps,
+            guidance_scale=self.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            noise=noise,
+            start=source,
+            strength=strength,
+            guide=guide,
+        )
+
+    def _guide(
+        self, images: np.ndarray, captions: list[str], scale: float
+    ) -> Callable[[Tensor, float], Tensor]:
+        """Push each prediction ẑ up the BLIP similarity, by `scale` times 2 % of its own length.
+
+        Steps of 10 % overshoot: the similarity falls again (notebook 05, section 5).
+        """
+        source = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+        def guide(x0: Tensor, done: float) -> Tensor:
+            with torch.enable_grad():
+                z = x0.detach().requires_grad_(True)
+                value = blip.similarity(
+                    self.describer,
+                    decode(self.vae, z).clamp(-1, 1),
+                    source.to(z),
+                    self.blip_variant,
+                    captions,
+                )
+                (gradient,) = torch.autograd.grad(value.sum(), z)
+            norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-8)[:, None, None, None]
+            size = x0.flatten(1).norm(dim=1)[:, None, None, None]
+            return x0 + scale * 0.02 * size * gradient / norm
+
+        return guide
+
+
+@dataclass(eq=False)
+class Conditions:
+    """What the denoiser is told of source pictures."""
+
+    batch: Batch
+    classes: list[str]
+    captions: list[str]
+
+
+@dataclass(eq=False)
+class Translation:
+    """Pictures (N, S, S, 3) uint8 with the classes and captions they were drawn for."""
+
+    images: np.ndarray
+    classes: list[str]
+    captions: list[str]
+
+
+def _noise(shape: Sequence[int], seed: int, numbers: Sequence[int]) -> Tensor:
+    """Noise for pictures of these numbers, whatever else is in their batch."""
+    rows = []
+    for number in numbers:
+        generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + int(number))
+        rows.append(torch.randn(tuple(shape), generator=generator))
+    return torch.stack(rows)
+
+
+def with_subject(caption: str, cls: str) -> str:
+    """A caption with its subject replaced by a class's: "a cat is …"."""
+    words = caption.split()
+    for i, word in enumerate(words):
+        if word in ("is", "are"):
+            return " ".join([SUBJECTS[cls], *words[i + 1 :]])
+    return SUBJECTS[cls]
+
+
+def load_translator(folder: Path, profile: Profile) -> Translator:
+    """The translator of a finished stage 05 or of `data/foundation/translator`.
+
+    Raises:
+        UserError: not such a folder, or one that another profile made.
+    """
+    if not (folder / "translator.json").is_file():
+        raise UserError(f"{folder} holds no translator; `tomjerry course --only 05` makes one")
+    facts = read_json(folder / "translator.json")
+    if facts["size"] != profile.image_size:
+        raise UserError(
+            f"{folder} translates {facts['size']} px pictures, profile {profile.name} "
+            f"{profile.image_size}: use --profile {facts['profile']}"
+        )
+    device = pick_device(profile.device)
+    vae = load_autoencoder(folder / "autoencoder").to(device)
+    unet, conditioner = load_denoiser(folder / "denoiser")
+    return Translator(
+        unet=unet.to(device).eval(),
+        conditioner=conditioner.to(device).eval(),
+        scheduler=make_scheduler(facts["prediction_type"]),
+        vae=vae,
+        net=structure.load_structure(folder / "structure").to(device),
+        describer=blip.load(folder / "blip", device),
+        size=facts["size"],
+        steps=facts["sample_steps"],
+        guidance_scale=facts["guidance_scale"],
+        blip_guidance=facts["blip_guidance"],
+        blip_variant=facts["blip_variant"],
+        colour=facts.get("colour"),
+        grain=facts.get("grain", 0.0),
+    )
+
+
+def ship(made: Path, folder: Path) -> None:
+    """Copy a finished stage 05 as half-precision weights that stand alone."""
+    from safetensors.torch import load_file, save_file
+
+    for name in ("denoiser", "autoencoder", "structure", "blip"):
+        shutil.copytree(made / name, folder / name)
+    shutil.copy(made / "translator.json", folder / "translator.json")
+    for path in folder.rglob("config.json"):
+        # Where the weights lay on the machine that made them is nobody's business.
+        config = read_json(path)
+        config.pop("_name_or_path", None)
+        write_json(path, config)
+    for path in folder.rglob("*.safetensors"):
+        halves = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        save_file(halves, path, metadata={"format": "pt"})
+    log(f"translator copied from {made}")
