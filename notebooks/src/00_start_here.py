@@ -31,7 +31,7 @@
 #
 # | profile | time | memory | disk | cost |
 # |---|---|---|---|---|
-# | `smoke`, `mini`, `colab`, `paper` | under half a minute on two cores | 0.6 GB | 2 MB | nothing |
+# | `smoke`, `mini`, `colab`, `paper` | half a minute on two cores | 0.6 GB | 2 MB | nothing |
 #
 # **On the poster** this is the *Introduction* and the *Project workflow* of *Methods*.
 

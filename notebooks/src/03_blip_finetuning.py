@@ -31,9 +31,9 @@
 #
 # | profile | time | memory | disk | cost |
 # |---|---|---|---|---|
-# | `smoke` | a quarter of a minute | 0.8 GB | 6 MB | nothing |
-# | `mini` | 3 minutes on two cores | 1 GB | 6 MB | nothing |
-# | `colab` | about an hour on a T4 | 12 GB of GPU | 2 GB | nothing |
+# | `smoke` | half a minute | 0.8 GB | 10 MB | nothing |
+# | `mini` | 3 minutes on two cores | 1 GB | 10 MB | nothing |
+# | `colab` | about an hour on a T4 (estimate) | 12 GB of GPU | 2 GB | nothing |
 # | `paper` | the poster: 15 hours on an A40 | 24 GB of GPU | 2 GB | nothing |
 #
 # **On the poster** this is *Methods*: "Fine-tuned for scene description, BLIP, a multi-modal model,
@@ -250,6 +250,11 @@ for slot in ("subject", "action", "place", "direction"):
     print(f"{slot:<10} {run.scores['before'][slot]:>7.3f} {run.scores['after'][slot]:>8.3f}")
 
 # %% [markdown]
+# The hardest slot is *who*. The zoo taught this tower that proportions mean nothing: any animal may
+# have any ears. To tell a mouse from a cat it has to unlearn that, and at `mini` it gets three in
+# four right after its minutes of training. So notebooks 04 and 05 never take the **class** from a
+# caption: it comes from the data, or from the parts of the animals that a network sees.
+#
 # ## 5 · Does it look?
 #
 # The blind captioner of notebook 02 had a small loss as well. The test for eyes is to show the
@@ -417,12 +422,12 @@ after, gain = run.scores["after"], loss["after"]["another"] / loss["after"]["its
 compare(
     profile,
     {
-        "subject": (after["subject"], {"smoke": (0, 1), "mini": (0.9, 1)}),
-        "action": (after["action"], {"smoke": (0.5, 1), "mini": (0.85, 1)}),
+        "subject": (after["subject"], {"smoke": (0, 1), "mini": (0.65, 1)}),
+        "action": (after["action"], {"smoke": (0.5, 1), "mini": (0.8, 1)}),
         "place": (after["place"], {"smoke": (0.5, 1), "mini": (0.9, 1)}),
-        "direction": (after["direction"], {"smoke": (0.5, 1), "mini": (0.9, 1)}),
-        "loss, another picture / its own": (gain, {"smoke": (1, None), "mini": (3, None)}),
-        "caption found": (found["after"], {"smoke": (0.2, 1), "mini": (0.5, 1)}),
+        "direction": (after["direction"], {"smoke": (0.5, 1), "mini": (0.8, 1)}),
+        "loss, another picture / its own": (gain, {"smoke": (1, None), "mini": (5, None)}),
+        "caption found": (found["after"], {"smoke": (0.2, 1), "mini": (0.6, 1)}),
     },
 )
 
