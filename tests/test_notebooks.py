@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import hashlib
 import os
 import re
 import subprocess
@@ -37,6 +38,7 @@ STEMS = (
 REPOSITORY = "tomjerry-real-life/tomjerry-real-life/blob/main/notebooks"
 MARK = "# NBVAL_CHECK_OUTPUT"
 LONGEST_CELL = 25  # lines
+TRACKED = ("figures", "notebooks", "data/foundation", "data/starter", "results")
 DRAWING = {"Figure", "contact_sheet", "image_row", "curve", "intervals", "workflow_diagram"}
 
 every_notebook = pytest.mark.parametrize("stem", STEMS)
@@ -344,13 +346,22 @@ class Runs:
     executed: dict[str, Any]
     verdicts: dict[str, Future[Verdict]]
     folder: Path
+    before: dict[Path, bytes]
+
+
+def tracked() -> dict[Path, bytes]:
+    """What the repository carries of pictures, notebooks, data and results: path → digest."""
+    folders = (project_root() / name for name in TRACKED)
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    kept = [path for path in files if ".ipynb_checkpoints" not in path.parts]
+    return {path: hashlib.sha256(path.read_bytes()).digest() for path in kept}
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Execute the course once; while one notebook is executed, nbval re-runs the one before."""
     folder = tmp_path_factory.mktemp("notebooks")
-    runs = Runs({}, {}, folder)
+    runs = Runs({}, {}, folder, tracked())
     before = os.environ.get("TOMJERRY_RUNS")
     os.environ["TOMJERRY_RUNS"] = str(folder / "first")
     try:
@@ -398,6 +409,15 @@ def test_an_empty_run_root_gives_the_same_results_and_answers_are_right(
 ) -> None:
     verdict = smoke.verdicts[stem].result()
     assert verdict.code == 0 and not verdict.failed, verdict.output
+
+
+@pytest.mark.slow
+def test_a_smoke_course_touches_no_tracked_file(smoke: Runs) -> None:
+    for verdict in smoke.verdicts.values():
+        verdict.result()
+    after = tracked()
+    assert [path for path in after if smoke.before.get(path) != after[path]] == []
+    assert after.keys() == smoke.before.keys()
 
 
 @pytest.mark.slow

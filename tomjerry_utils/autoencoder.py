@@ -102,16 +102,28 @@ def encode_all(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tens
 
 
 @torch.no_grad()
-def measure_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Measure the latents' statistics on pictures and store them in the model's config."""
+def measure_latents(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> None:
+    """Measure the latents' statistics on pictures and store them in the model's config.
+
+    The deviation is that of latents *sampled* from their posterior, not of the posterior's mean: a
+    channel that the model does not use has a mean near 0 and a deviation near 1, and divided by the
+    former it would be blown up to noise that every denoiser after it has to learn.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+    """
+    device = next(vae.parameters()).device
+    means, variances = [], []
+    for start in range(0, len(images), batch_size):
+        chunk = images[start : start + batch_size].to(device)
+        seen = chunk.permute(0, 3, 1, 2).float() / 127.5 - 1
+        posterior = vae.encode(to_patches(vae, seen.contiguous())).latent_dist
+        means.append(posterior.mean.float().cpu())
+        variances.append(posterior.var.float().mean((2, 3)).cpu())
+    latents = torch.cat(means)
+    std = (latents.var((0, 2, 3)) + torch.cat(variances).mean(0)).sqrt()
     vae.register_to_config(
-        latents_mean=[0.0] * vae.config.latent_channels,
-        latents_std=[1.0] * vae.config.latent_channels,
-    )
-    latents = encode_all(vae, images)
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    vae.register_to_config(
-        latents_mean=[round(float(v), 6) for v in mean],
+        latents_mean=[round(float(v), 6) for v in latents.mean((0, 2, 3))],
         latents_std=[round(float(v), 6) for v in std],
     )
 

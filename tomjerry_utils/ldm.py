@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
@@ -460,6 +461,8 @@ def train_foundation(
 ) -> tuple[Any, TrainResult, dict[str, Any]]:
     """The foundation's denoiser: zoo latents, mirrored copies, views and captions, no classes.
 
+    Under `accelerate launch`, each process takes its share of the batch.
+
     Returns:
         A bundle with `half()` and `save_pretrained(folder)`, the training's result and facts.
     """
@@ -467,21 +470,28 @@ def train_foundation(
 
     root = foundation_root()
     vae = load_autoencoder(root / "autoencoder")
-    net = structure.load_structure(root / "structure")
-    describer = blip.load(root / "blip")
     cache = work / "latents.safetensors"
     torch.set_num_threads(1)
-    if not cache.with_suffix(".json").is_file():
-        texts = [caption(describe(int(s), zoo=True), "natural") for s in data["seed"]]
-        noise = np.random.default_rng(0).normal(0, 2.55, data["image"].shape).astype(np.float32)
-        images = np.clip(data["image"] + noise, 0, 255).astype(np.uint8)
-        images = np.concatenate([images, images[:, :, ::-1]])
-        texts += [mirrored_text(t) for t in texts]
-        made, _ = latent_set(
-            images, [None] * len(images), texts, vae=vae, net=net, describer=describer, tone=None
-        )
-        made.save(cache)
+    processes = PartialState(cpu=pick_device().type == "cpu")
+    with processes.main_process_first():
+        if not cache.with_suffix(".json").is_file():
+            texts = [caption(describe(int(s), zoo=True), "natural") for s in data["seed"]]
+            noise = np.random.default_rng(0).normal(0, 2.55, data["image"].shape)
+            images = np.clip(data["image"] + noise.astype(np.float32), 0, 255).astype(np.uint8)
+            images = np.concatenate([images, images[:, :, ::-1]])
+            texts += [mirrored_text(t) for t in texts]
+            made, _ = latent_set(
+                images,
+                [None] * len(images),
+                texts,
+                vae=vae,
+                net=structure.load_structure(root / "structure"),
+                describer=blip.load(root / "blip"),
+                tone=None,
+            )
+            made.save(cache)
     latents = LatentSet.load(cache)
+    each = options["batch_size"] // processes.num_processes
     torch.manual_seed(3)
     text_dim = latents.table.shape[-1]
     unet = tiny_denoiser(vae.config.latent_channels, structure.VIEW_CHANNELS)
@@ -496,7 +506,7 @@ def train_foundation(
     scheduler = make_scheduler("sample")
 
     def batches(step: int, generator: torch.Generator) -> Batch:
-        index = torch.randint(len(latents), (options["batch_size"],), generator=generator)
+        index = torch.randint(len(latents), (each,), generator=generator)
         batch = latents.batch(index)
         # A view read from a drawing is never as clean as one of a photograph.
         shake = torch.rand(len(index), 1, 1, 1, generator=generator) * 0.25
