@@ -74,7 +74,7 @@ def test_encoding_does_not_depend_on_the_batch(images: np.ndarray) -> None:
 
 
 def test_an_unused_channel_is_not_blown_up(images: np.ndarray) -> None:
-    """A channel whose mean stays near 0 while its posterior is as wide as the prior says nothing."""
+    """A channel whose mean stays near 0 in a posterior as wide as the prior says nothing."""
     vae = tiny.tiny_vae(images)
     with torch.no_grad():
         vae.quant_conv.weight[0] *= 1e-3  # its mean

@@ -64,7 +64,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from tomjerry_utils import blip, canvas, collect, denoiser, figures, ldm, scenes, structure, study
-from tomjerry_utils import transfer
+from tomjerry_utils import transfer, translate
 from tomjerry_utils.autoencoder import decode, encode_all
 from tomjerry_utils.images import list_images, load_image, to_tensor, to_uint8
 from tomjerry_utils.lessons import check, compare
@@ -386,7 +386,9 @@ saved = figures.save_figure(
 # ## 6 · Translations
 #
 # Held-out cartoons, the first of each class and of different actions; nothing was picked. Each is
-# translated from two different noises: what the cartoon says stays, coat and light are free.
+# translated from two different noises: what the cartoon says stays, coat and light are free. Over
+# what the decoder draws lies the grain of a camera, as strong as the natural training pictures have
+# it and their latents do not; notebook 06 says what that is worth.
 
 # %%
 first: dict[tuple[str, str], int] = {}
@@ -531,8 +533,8 @@ for kind in ("cartoon/cat", "cartoon/mouse", "photo"):
     files += found[:: max(1, len(found) // 3)][:3]
 foreign = np.stack([load_image(path, settings.image_size) for path in files])
 tried = translator.translate(foreign, seed=seed)
-far = transfer.distance(foreign, reference)
-home = transfer.distance(sources, reference)
+far = translate.distance(foreign, reference)
+home = translate.distance(sources, reference)
 
 # %%
 figure = figures.contact_sheet(
