@@ -120,7 +120,8 @@ def tiny_denoiser(latent_channels: int, view_channels: int, dim: int = 128) -> U
         block_out_channels=(64, 96, 128),
         layers_per_block=1,
         cross_attention_dim=dim,
-        attention_head_dim=32,
+        # diffusers reads this as the number of heads here: 4 of 24 or 32 channels each.
+        attention_head_dim=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=16,

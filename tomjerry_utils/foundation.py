@@ -37,7 +37,7 @@ from tomjerry_utils.runs import (
     write_json,
     write_jsonl,
 )
-from tomjerry_utils.training import apply_ema, progress, train
+from tomjerry_utils.training import TrainResult, apply_ema, progress, train
 
 SIZE = 64
 STEPS: dict[str, dict[str, Any]] = {
@@ -50,6 +50,9 @@ STEPS: dict[str, dict[str, Any]] = {
         # The second from two thirds on: first well-spread latents, then the last decibels.
         "kl_weights": (2e-7, 2e-8),
         "widths": (32, 64),
+        # Then the decoder alone, for as much fur as the pictures have.
+        "decoder_steps": 6_000,
+        "texture_weight": 0.3,
     },
     "blip": {"steps": 2_500, "batch_size": 32, "learning_rate": 1e-3},
     "structure": {"steps": 4_000, "batch_size": 16, "learning_rate": 2e-3},
@@ -182,20 +185,15 @@ def make_autoencoder() -> Path:
     wanted, mask = _floats(held["image"]), torch.from_numpy(held["mask"] > 0)
     torch.manual_seed(0)
     vae = tiny_autoencoder(options["latent_channels"], options["widths"])
+    steps = {"autoencoder": options["steps"], "decoder": options["decoder_steps"]}
+    scores: dict[str, float] = {}
 
     def batches(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         batch, _, _ = _draw(images, options["batch_size"], generator)
         return noisy(batch, generator), batch
 
-    def loss(batch: tuple[Tensor, Tensor], step: int, generator: torch.Generator) -> Any:
-        late = 3 * step >= 2 * options["steps"]
-        weight = options["kl_weights"][late]
-        return autoencoder_loss(vae, batch[0], batch[1], generator, kl_weight=weight)
-
-    scores: dict[str, float] = {}
-
     def look(step: int, modules: dict[str, Any]) -> None:
-        if step % 2000 and step != options["steps"]:
+        if step % 2000 and step not in steps.values():
             return
         seen = noisy(wanted, torch.Generator().manual_seed(1))
         back = decode(vae, encode(vae, seen))
@@ -205,30 +203,46 @@ def make_autoencoder() -> Path:
         )
         log(f"autoencoder {step}: {scores}")
 
-    result = train(
-        {"vae": vae},
-        loss,
-        batches,
-        steps=options["steps"],
-        learning_rate=options["learning_rate"],
-        warmup_steps=100,
-        folder=_work("autoencoder"),
-        seed=0,
-        ema_decay=0.998,
-        weight_decay=0.0,
-        precision="bf16",
-        log_every=200,
-        on_log=look,
-        threads=1,
-        describe="autoencoder",
+    def phase(name: str, rate: float, weights: Callable[[int], dict[str, float]]) -> TrainResult:
+        def loss(batch: tuple[Tensor, Tensor], step: int, generator: torch.Generator) -> Any:
+            return autoencoder_loss(vae, batch[0], batch[1], generator, **weights(step))
+
+        result = train(
+            {"vae": vae},
+            loss,
+            batches,
+            steps=steps[name],
+            learning_rate=rate,
+            warmup_steps=100,
+            folder=_work("autoencoder") / name,
+            seed=0,
+            ema_decay=0.998,
+            weight_decay=0.0,
+            precision="bf16",
+            log_every=200,
+            on_log=look,
+            threads=1,
+            describe=name,
+            keep_checkpoint=True,
+        )
+        apply_ema({"vae": vae}, result)
+        return result
+
+    first = phase(
+        "autoencoder",
+        options["learning_rate"],
+        lambda step: {"kl_weight": options["kl_weights"][3 * step >= 2 * options["steps"]]},
     )
-    apply_ema({"vae": vae}, result)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    last = {"kl_weight": 0.0, "texture_weight": options["texture_weight"]}
+    second = phase("decoder", options["learning_rate"] / 3, lambda step: last)
     measure_latents(vae, torch.from_numpy(both[:2000]))
     return _ship(
         "autoencoder",
         lambda folder: vae.half().save_pretrained(folder),
-        seconds=result.seconds,
-        history=result.history,
+        seconds=first.seconds + second.seconds,
+        history=[{"phase": n, **row} for n, r in zip(steps, (first, second)) for row in r.history],
         held_out=scores,
     )
 
