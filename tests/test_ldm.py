@@ -46,8 +46,8 @@ def test_a_latent_set_holds_everything_a_denoiser_is_told(made: ldm.LatentSet) -
     assert made.latents.shape == (6, 4, 8, 8)
     assert made.views.shape == (6, structure.VIEW_CHANNELS, 8, 8)
     assert made.labels.tolist() == [0, 1, NO_CLASS, 2, 3, 5]
-    # Tones are standardised over the set itself.
-    assert made.views[:, -3:].float().mean((0, 2, 3)).abs().max() < 1e-2
+    # Coats and tones are standardised over the set itself.
+    assert made.views[:, structure.MAPS :].float().mean((0, 2, 3)).abs().max() < 1e-2
     # Four different captions, kept once each, in their pictures' order.
     assert made.table.shape == (4, ldm.TEXT_LENGTH, tiny.TEXT_DIM)
     assert [made.texts[i] for i in made.row] == TEXTS

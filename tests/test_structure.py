@@ -36,7 +36,7 @@ def views_of(drawn: dict[str, Tensor]) -> Tensor:
 
 def shares(views: Tensor) -> Tensor:
     """Part shares (B, len(PARTS), 2h, 2w) without the wall; the mouse's share last."""
-    return (F.pixel_shuffle(views[:, :-3], 2) + 1) / 2
+    return (F.pixel_shuffle(views[:, : structure.MAPS], 2) + 1) / 2
 
 
 def mass(views: Tensor, names: list[str]) -> Tensor:
@@ -59,9 +59,10 @@ def test_one_hot_and_probabilities_have_one_form(natural: dict[str, Tensor]) -> 
 def test_view_has_every_part_at_twice_the_grid(natural: dict[str, Tensor]) -> None:
     views = structure.view(natural["maps"], natural["images"], GRID)
     assert views.shape == (8, structure.VIEW_CHANNELS, *GRID)
-    assert 4 * len(PARTS) + 3 == structure.VIEW_CHANNELS
-    assert views[:, :-3].min() >= -1
-    assert views[:, :-3].max() <= 1
+    assert 4 * len(PARTS) == structure.MAPS
+    assert structure.MAPS + structure.COATS + 3 == structure.VIEW_CHANNELS
+    assert views[:, : structure.MAPS].min() >= -1
+    assert views[:, : structure.MAPS].max() <= 1
     expected = F.interpolate(natural["maps"][:, 1:], size=(32, 32), mode="area")
     assert torch.allclose(shares(views), expected, atol=1e-5)
     # Two pixels wide on 64, an eye is still there on the grid of the latents.
@@ -81,14 +82,80 @@ def test_tones_are_those_of_the_background_alone(natural: dict[str, Tensor]) -> 
     assert (structure.view(maps, behind, GRID)[:, -3:] - tones).abs().mean() > 0.1
 
 
-def test_standardised_tones_have_mean_zero_and_deviation_one(natural: dict[str, Tensor]) -> None:
+def test_standardised_coats_and_tones_have_mean_zero_and_deviation_one(
+    natural: dict[str, Tensor],
+) -> None:
+    maps, colours = structure.MAPS, structure.COATS + 3
     views = structure.view(natural["maps"], natural["images"], GRID)
     done = views_of(natural)
-    assert torch.equal(done[:, :-3], views[:, :-3])
-    assert done[:, -3:].mean((0, 2, 3)).abs().max() < 1e-5
-    assert torch.allclose(done[:, -3:].std((0, 2, 3)), torch.ones(3), atol=1e-4)
-    flat = structure.standardise(views, [0.0] * 3, [0.0] * 3)
+    assert torch.equal(done[:, :maps], views[:, :maps])
+    assert done[:, maps:].mean((0, 2, 3)).abs().max() < 1e-5
+    assert torch.allclose(done[:, maps:].std((0, 2, 3)), torch.ones(colours), atol=1e-4)
+    flat = structure.standardise(views, [0.0] * colours, [0.0] * colours)
     assert torch.isfinite(flat).all()
+
+
+def flat_animals(cat: float, mouse: float) -> tuple[Tensor, Tensor]:
+    """A picture, blue behind, with a cat and a mouse of one red each, and its maps."""
+    maps = torch.zeros(1, len(PARTS) + 1, 64, 64)
+    maps[:, PARTS.index("wall")] = 1
+    images = torch.tensor([-1.0, -1.0, 1.0]).view(1, 3, 1, 1).repeat(1, 1, 64, 64)
+    for place, red, is_mouse in ((slice(4, 40), cat, 0.0), (slice(48, 60), mouse, 1.0)):
+        maps[:, PARTS.index("wall"), 20:60, place] = 0
+        maps[:, PARTS.index("torso"), 20:60, place] = 1
+        maps[:, structure.MOUSE, 20:60, place] = is_mouse
+        images[:, :, 20:60, place] = torch.tensor([red, 0.0, 0.0]).view(1, 3, 1, 1)
+    return maps, images
+
+
+def test_coats_are_each_animals_own_colours() -> None:
+    maps, images = flat_animals(0.8, -0.6)
+    coats = structure.coats(maps, images)
+    assert coats.shape == (1, structure.COATS)
+    cat, cat_spread, mouse, mouse_spread = coats[0].split(3)
+    assert torch.allclose(cat, torch.tensor([0.8, 0.0, 0.0]), atol=0.02)
+    assert torch.allclose(mouse, torch.tensor([-0.6, 0.0, 0.0]), atol=0.05)
+    assert cat_spread.max() < 0.15
+    # Stripes on the cat are in its spread, and in nothing else.
+    striped = images.clone()
+    striped[:, 0, 20:60:2, 4:40] -= 0.5
+    again = structure.coats(maps, striped)[0].split(3)
+    assert again[1][0] > cat_spread[0] + 0.1
+    assert torch.allclose(again[2], mouse, atol=0.03)
+    assert torch.allclose(again[3], mouse_spread, atol=0.03)
+    # Another wall is no other coat; an animal that is not there has the other's.
+    assert torch.allclose(
+        structure.coats(maps, torch.where(maps[:, :1] > 0, -images, images)), coats, atol=1e-5
+    )
+    alone = maps.clone()
+    alone[:, structure.MOUSE] = 0
+    one = structure.coats(alone, images)[0].split(3)
+    assert torch.allclose(one[0], one[2], atol=0.01)
+    empty = torch.zeros_like(maps)
+    empty[:, 0] = 1
+    assert torch.isfinite(structure.coats(empty, images)).all()
+
+
+def test_wear_takes_a_coat_from_much_the_same_light(natural: dict[str, Tensor]) -> None:
+    views, coat = views_of(natural)[:2], slice(structure.MAPS, structure.MAPS + structure.COATS)
+    tones = views[:, -3:].mean((2, 3))
+    # 40 pictures in the first one's light, of coats 0 to 39, and 40 in a light far away.
+    near = torch.cat([torch.arange(40.0)[:, None].expand(40, 12), tones[:1].expand(40, 3)], 1)
+    far = torch.cat([torch.full((40, 12), -5.0), tones[:1].expand(40, 3) + 9], 1)
+    clothes = torch.cat([far, near])
+    drawn = [structure.wear(views[:1], [clothes], [seed]) for seed in range(30)]
+    worn = {float(view[0, structure.MAPS, 0, 0]) for view in drawn}
+    assert -5.0 not in worn
+    assert 5 < len(worn) <= structure.NEIGHBOURS
+    assert torch.equal(structure.wear(views[:1], [clothes], [3]), drawn[3])
+    # Nothing else of the view changes, and each picture has a seed of its own.
+    one = drawn[0]
+    assert torch.equal(one[:, : coat.start], views[:1, : coat.start])
+    assert torch.equal(one[:, coat.stop :], views[:1, coat.stop :])
+    assert (one[:, coat] == one[:, coat.start, :1, :1]).all()
+    both = structure.wear(views, [clothes, far], [3, 0])
+    assert torch.equal(both[:1], drawn[3])
+    assert float(both[1, coat.start, 0, 0]) == -5.0
 
 
 def test_exaggerate_grows_heads_and_eyes(natural: dict[str, Tensor]) -> None:
@@ -101,8 +168,8 @@ def test_exaggerate_grows_heads_and_eyes(natural: dict[str, Tensor]) -> None:
     face = ["head", "ear", "eye", "nose"]
     assert mass(drawn, face).mean() > 1.15 * mass(before, face).mean()
     assert mass(drawn, ["eye"]).mean() > 2 * mass(before, ["eye"]).mean()
-    # Tones stay, and but for a rim of eye on its neighbours a pixel still holds one part.
-    assert torch.equal(drawn[:, -3:], before[:, -3:])
+    # Coats and tones stay, and but for a rim of eye on its neighbours a pixel still holds one part.
+    assert torch.equal(drawn[:, structure.MAPS :], before[:, structure.MAPS :])
     assert (shares(drawn)[:, :-1].sum(1) - 1).clamp(min=0).mean() < 0.005
     # The body keeps its place: the head covers some of it, no more.
     assert mass(drawn, ["leg", "tail"]).mean() > 0.75 * mass(before, ["leg", "tail"]).mean()

@@ -31,6 +31,7 @@ from tomjerry_utils.translator import (
     _noise,
     load_translator,
     ship,
+    wardrobe,
     with_subject,
 )
 
@@ -103,6 +104,50 @@ def test_a_blind_translator_is_told_only_what_its_row_allows(
     none = transfer._Blind(**vars(alone)).conditions(cartoons, None).batch
     assert none.view.abs().max() == 0
     assert none.mask.sum() == 0
+
+
+def test_coats_come_from_the_wardrobe_by_seed_and_number(
+    translator: Translator, cartoons: np.ndarray
+) -> None:
+    coat = slice(structure.MAPS, structure.MAPS + structure.COATS)
+    own = translator.conditions(cartoons, ["tom"] * 5).batch.view
+    rows = [[float(i)] * structure.COATS + [0.0] * 3 for i in range(12)]
+    dressed = Translator(**{**vars(translator), "wardrobe": {"tom": rows}})
+    first = dressed.conditions(cartoons, ["tom"] * 5, seed=1).batch.view
+    worn = first[:, coat.start, 0, 0]
+    assert set(worn.tolist()) <= set(range(12)) and len(set(worn.tolist())) > 1
+    assert torch.equal(first[:, : coat.start], own[:, : coat.start])
+    assert torch.equal(first[:, coat.stop :], own[:, coat.stop :])
+    # One picture's coat is its number's, however it is batched; another seed is another coat.
+    one = dressed.conditions(cartoons[3:4], ["tom"], seed=1, numbers=[3]).batch.view
+    assert torch.allclose(one[:, coat], first[3:4, coat])
+    others = dressed.conditions(cartoons, ["tom"] * 5, seed=2).batch.view
+    assert not torch.equal(others[:, coat], first[:, coat])
+
+
+def test_a_wardrobe_holds_the_natural_pictures_of_each_class() -> None:
+    count = 8
+    views = torch.zeros(count, structure.VIEW_CHANNELS, 4, 4)
+    views[:, structure.MAPS :] = torch.arange(float(count)).view(-1, 1, 1, 1)
+    kinds = ["cat", "mouse", "cat_mouse", "tom"] * 2
+    data = ldm.LatentSet(
+        latents=torch.zeros(count, 4, 4, 4),
+        views=views.half(),
+        labels=torch.tensor([LABELS.index(k) for k in kinds]),
+        table=torch.zeros(1, 2, 8),
+        masks=torch.ones(1, 2),
+        row=torch.zeros(count, dtype=torch.long),
+        texts=["x"],
+        files=[],
+    )
+    found = wardrobe(data)
+    assert set(found) == set(CLASSES)
+    assert [row[0] for row in found["tom"]] == [0.0, 4.0]  # cats; never the cartoons' own
+    assert [row[-1] for row in found["both"]] == [2.0, 6.0]
+    assert all(len(row) == structure.COATS + 3 for row in found["jerry"])
+    # A class without pictures of its own is dressed from everybody's.
+    data.labels[data.labels == LABELS.index("mouse")] = LABELS.index("cat")
+    assert len(wardrobe(data)["jerry"]) == count
 
 
 # ---- translating -------------------------------------------------------------------------------

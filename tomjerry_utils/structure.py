@@ -5,12 +5,18 @@ segmenter, trained on generated scenes of both styles, gives each pixel's part (
 included, not only a silhouette); together with the colours of the background, blurred to an 8×8
 grid and standardised per domain, that is the domain-invariant *view* which the translator is
 trained on with natural pictures and given from cartoons.
+
+A view also has room for each animal's *coat*: its mean colour and how much that varies. This is no
+shared part; a cartoon's is replaced by one drawn from the natural training pictures
+(:func:`wear`), since a cat may wear any coat but must wear one. Without it, a short training
+averages all coats into mud.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -109,7 +115,10 @@ def one_hot(parts: Tensor, mouse: Tensor) -> Tensor:
     return torch.cat([maps, mouse[:, None].float()], 1)
 
 
-VIEW_CHANNELS = 4 * len(PARTS) + 3
+MAPS = 4 * len(PARTS)  # channels of a view that hold part maps; then coats, then three tones
+COATS = 12  # for the cat and for the mouse: mean and deviation of red, green and blue
+VIEW_CHANNELS = MAPS + COATS + 3
+NEIGHBOURS = 16  # training pictures in the most similar light, of which one lends its coats
 
 
 def view(maps: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -122,8 +131,8 @@ def view(maps: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Returns:
         (B, VIEW_CHANNELS, h, w). All parts but the wall (which is what is left) and the mouse's
-        share at twice the grid's resolution, in [−1, 1]; last the three tones, not yet
-        standardised.
+        share at twice the grid's resolution, in [−1, 1]; then the animals' coats, the same
+        everywhere, and last the three tones, neither yet standardised.
     """
     half = F.interpolate(maps[:, 1:], size=(2 * grid[0], 2 * grid[1]), mode="area")
     half = F.pixel_unshuffle(half, 2)
@@ -135,7 +144,47 @@ def view(maps: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
     # Cells that an animal fills take the mean of the rest.
     tone = (colour + 0.05 * everywhere) / (share + 0.05)
     tone = F.interpolate(tone, size=grid, mode="bilinear", align_corners=False)
-    return torch.cat([2 * half - 1, tone], 1)
+    coat = coats(maps, images)[:, :, None, None].expand(-1, -1, *grid)
+    return torch.cat([2 * half - 1, coat, tone], 1)
+
+
+def coats(maps: Tensor, images: Tensor) -> Tensor:
+    """Colours of the cat and of the mouse in each picture: mean and deviation, (B, COATS).
+
+    An animal that is not there gets those of the one that is.
+    """
+    animal = maps[:, FIRST_ANIMAL_PART:MOUSE].sum(1, keepdim=True).clamp(0, 1)
+    mouse = torch.minimum(maps[:, MOUSE:], animal)
+    few = 0.002 * animal[0].numel()
+
+    def moments(weight: Tensor, prior: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        mass = weight.sum((2, 3)) + few
+        mean = ((weight * images).sum((2, 3)) + few * prior[0]) / mass
+        away = (images - mean[:, :, None, None]).square()
+        return mean, ((weight * away).sum((2, 3)) + few * prior[1]) / mass
+
+    nothing = torch.zeros_like(images[:, :, 0, 0])
+    whole = moments(animal, (nothing, nothing))
+    each = [moments(weight, whole) for weight in (animal - mouse, mouse)]
+    return torch.cat([m for mean, variance in each for m in (mean, variance.sqrt())], 1)
+
+
+def wear(views: Tensor, wardrobes: list[Tensor], seeds: list[int]) -> Tensor:
+    """Views whose animals wear coats from natural pictures taken in much the same light.
+
+    Args:
+        views: (B, VIEW_CHANNELS, h, w), standardised.
+        wardrobes: for each view, (N, COATS + 3): coats and mean tones of pictures of its class,
+            standardised; see `translator.wardrobe`.
+        seeds: for each view, the number that draws one of the nearest in tone.
+    """
+    views = views.clone()
+    for view_, clothes, seed in zip(views, wardrobes, seeds, strict=True):
+        away = (clothes[:, COATS:].to(views) - view_[-3:].mean((1, 2))).square().sum(1)
+        near = away.argsort()[:NEIGHBOURS]
+        one = near[np.random.default_rng(seed).integers(len(near))]
+        view_[MAPS : MAPS + COATS] = clothes[one, :COATS].to(views)[:, None, None]
+    return views
 
 
 @torch.no_grad()
@@ -153,7 +202,7 @@ def look(
         images: (N, H, W, 3) uint8.
 
     Returns:
-        (N, VIEW_CHANNELS, h, w) float32, tones not standardised, and the maps
+        (N, VIEW_CHANNELS, h, w) float32, coats and tones not standardised, and the maps
         (N, len(PARTS) + 1, size, size).
     """
     device = next(net.parameters()).device
@@ -171,16 +220,16 @@ def look(
 
 
 def tone_statistics(views: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the three tones over a domain's training pictures."""
-    tones = views[:, -3:]
+    """Mean and deviation of coats and tones over a domain's training pictures."""
+    tones = views[:, MAPS:]
     return tones.mean((0, 2, 3)).tolist(), tones.std((0, 2, 3)).tolist()
 
 
 def standardise(views: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """Views with their tones standardised by their own domain's statistics."""
+    """Views with coats and tones standardised by their own domain's statistics."""
     centre = views.new_tensor(mean)[:, None, None]
     spread = views.new_tensor(std)[:, None, None].clamp(min=1e-3)
-    return torch.cat([views[:, :-3], (views[:, -3:] - centre) / spread], 1)
+    return torch.cat([views[:, :MAPS], (views[:, MAPS:] - centre) / spread], 1)
 
 
 def exaggerate(
@@ -197,7 +246,7 @@ def exaggerate(
         views: (B, VIEW_CHANNELS, h, w), standardised.
         head: upper end of the head's magnification; the lower end is 1.
     """
-    maps = F.pixel_shuffle(views[:, :-3], 2)
+    maps = F.pixel_shuffle(views[:, :MAPS], 2)
     b, _, h, w = maps.shape
     share = (maps + 1) / 2
     # Channels without the wall: index = PARTS index − 1.
@@ -228,14 +277,14 @@ def exaggerate(
         maps = maps.clone()
         maps[:, at["eye"]] = gain
         maps[:, at["head"]] = torch.maximum(maps[:, at["head"]] - 2 * taken, torch.tensor(-1.0))
-    return torch.cat([F.pixel_unshuffle(maps, 2), views[:, -3:]], 1)
+    return torch.cat([F.pixel_unshuffle(maps, 2), views[:, MAPS:]], 1)
 
 
 def head_ratio(drawn: Tensor, natural: Tensor) -> float:
     """How much larger heads are drawn than they are, along an edge, from unpaired views."""
 
     def size(views: Tensor) -> float:
-        share = (F.pixel_shuffle(views[:, :-3].float(), 2) + 1) / 2
+        share = (F.pixel_shuffle(views[:, :MAPS].float(), 2) + 1) / 2
         animal = share[:, FIRST_ANIMAL_PART - 1 : MOUSE - 1].sum((1, 2, 3)).clamp(min=1)
         names = ("head", "ear", "eye", "nose")
         face = share[:, [PARTS.index(n) - 1 for n in names]].sum((1, 2, 3))

@@ -42,7 +42,7 @@ from tomjerry_utils.runs import (
     write_json,
 )
 from tomjerry_utils.training import TrainResult, apply_ema, pick_device, train
-from tomjerry_utils.translator import Conditions, Translator, load_translator
+from tomjerry_utils.translator import Conditions, Translator, load_translator, wardrobe
 
 STAGE = "05_transfer"
 # The rows of the ablation: name → (source attention, structure path, BLIP weight on or off).
@@ -70,7 +70,7 @@ def ensure(profile: Profile) -> TransferRun:
     """Stage 05 at this profile: read it if it is finished, else make it, upstream included."""
     before = ldm.ensure(profile)
     settings = {**profile.transfer.model_dump(mode="json"), "precision": profile.precision}
-    stage = open_stage(profile, STAGE, settings, {"ldm": before.key}, version=2)
+    stage = open_stage(profile, STAGE, settings, {"ldm": before.key}, version=3)
     if not stage.finished:
         with stage.lock():
             if not stage.finished:
@@ -144,6 +144,7 @@ def _write_translator(
             "reference": _reference(before, profile),
             "colour": _colour(photographs),
             "grain": _grain(photographs, before.vae),
+            "wardrobe": wardrobe(before.natural),
         },
     )
 
@@ -278,6 +279,7 @@ def ablate(
                 options.sample_steps,
                 options.guidance_scale,
                 blip_variant=options.blip_variant,
+                wardrobe=wardrobe(before.natural),
             )
             if not use_view:
                 translator = _Blind(**vars(translator))
@@ -307,8 +309,10 @@ def row_folder(folder: Path, name: str) -> Path:
 class _Blind(Translator):
     """A translator without the structure path: the view reaches only the attention."""
 
-    def conditions(self, images: np.ndarray, classes: Sequence[str | None] | None) -> Conditions:
-        found = super().conditions(images, classes)
+    def conditions(
+        self, images: np.ndarray, classes: Sequence[str | None] | None, **draw: Any
+    ) -> Conditions:
+        found = super().conditions(images, classes, **draw)
         batch = found.batch
         batch.source, batch.view = batch.view, torch.zeros_like(batch.view)
         # "no source" gets no caption either: nothing but the class is left of the cartoon.

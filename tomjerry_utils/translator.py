@@ -19,7 +19,7 @@ from tomjerry_utils.denoiser import Batch, Conditioner, load_denoiser, make_sche
 from tomjerry_utils.images import add_grain, to_uint8
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import log, read_json, write_json
-from tomjerry_utils.scenes import CLASSES, LABELS
+from tomjerry_utils.scenes import CLASSES, LABELS, label_of
 from tomjerry_utils.training import pick_device
 
 SUBJECTS = {"tom": "a cat is", "jerry": "a mouse is", "both": "a cat and a mouse are"}
@@ -42,6 +42,7 @@ class Translator:
     blip_variant: str = "contrastive"
     colour: dict[str, Any] | None = None
     grain: float = 0.0  # deviation, as a share of the range; see `images.measure_grain`
+    wardrobe: dict[str, list[list[float]]] | None = None  # see :func:`wardrobe`
 
     def translate(
         self,
@@ -61,7 +62,7 @@ class Translator:
         Args:
             images: (N, S, S, 3) uint8 at the translator's size.
             classes: tom, jerry, both, or None to read the class off the picture.
-            seed: a picture's noise and grain depend on this and on its number alone.
+            seed: a picture's noise, coats and grain depend on this and on its number alone.
             numbers: the pictures' numbers; None counts them from 0.
             steps: DDIM steps; None for the profile's.
             start, strength: "source" begins from the noised source latents (SDEdit).
@@ -71,14 +72,15 @@ class Translator:
         for begin in range(0, len(images), batch_size):
             part = images[begin : begin + batch_size]
             wanted = None if classes is None else classes[begin : begin + batch_size]
-            conditions = self.conditions(part, wanted)
+            here = places[begin : begin + batch_size]
+            conditions = self.conditions(part, wanted, seed=seed, numbers=here)
             captions += conditions.captions
             names += conditions.classes
             latents = self._sample(
                 conditions,
                 part,
                 seed=seed,
-                numbers=places[begin : begin + batch_size],
+                numbers=here,
                 steps=steps or self.steps,
                 blip_guidance=self.blip_guidance if blip_guidance is None else blip_guidance,
                 start=start,
@@ -86,11 +88,22 @@ class Translator:
             )
             with torch.no_grad():
                 drawn = to_uint8(decode(self.vae, latents))
-            out.append(add_grain(drawn, self.grain, seed=seed, numbers=places[begin:][: len(part)]))
+            out.append(add_grain(drawn, self.grain, seed=seed, numbers=here))
         return Translation(np.concatenate(out), names, captions)
 
-    def conditions(self, images: np.ndarray, classes: Sequence[str | None] | None) -> Conditions:
-        """View, caption and class of source pictures, read by our own models alone."""
+    def conditions(
+        self,
+        images: np.ndarray,
+        classes: Sequence[str | None] | None,
+        *,
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+    ) -> Conditions:
+        """View, caption and class of source pictures, read by our own models alone.
+
+        The coats in the view are drawn from the wardrobe by (seed, number); without a wardrobe
+        they are the source's own.
+        """
         device = self.unet.device
         pictures = torch.from_numpy(images)
         grid = (images.shape[1] // factor_of(self.vae), images.shape[2] // factor_of(self.vae))
@@ -105,6 +118,10 @@ class Translator:
             r if c in (None, "auto") else c
             for r, c in zip(read, classes or [None] * len(images), strict=True)
         ]
+        if self.wardrobe is not None:
+            clothes = {name: torch.tensor(rows) for name, rows in self.wardrobe.items()}
+            seeds = [_number(seed, n) for n in (range(len(images)) if numbers is None else numbers)]
+            views = structure.wear(views, [clothes[name] for name in names], seeds)
         captions = [
             with_subject(blip.to_natural(text), name)
             for text, name in zip(self.describer.generate(images), names, strict=True)
@@ -205,9 +222,34 @@ def _noise(shape: Sequence[int], seed: int, numbers: Sequence[int]) -> Tensor:
     """Noise for pictures of these numbers, whatever else is in their batch."""
     rows = []
     for number in numbers:
-        generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + int(number))
+        generator = torch.Generator().manual_seed(_number(seed, number))
         rows.append(torch.randn(tuple(shape), generator=generator))
     return torch.stack(rows)
+
+
+def _number(seed: int, number: int) -> int:
+    return 1_000_003 * (seed + 1) + int(number)
+
+
+def wardrobe(natural: ldm.LatentSet) -> dict[str, list[list[float]]]:
+    """What the animals of each class wear: class → rows of coats and mean tones.
+
+    Args:
+        natural: the natural training pictures; up to 300 of each class are taken, and
+            all of them for a class that has none.
+    """
+    rows = torch.cat(
+        [
+            natural.views[:, structure.MAPS : -3, 0, 0].float(),
+            natural.views[:, -3:].float().mean((2, 3)),
+        ],
+        1,
+    )
+    out = {}
+    for cls in CLASSES:
+        own = rows[natural.labels == LABELS.index(label_of(cls, "natural"))][:300]
+        out[cls] = [[round(v, 3) for v in row] for row in (own if len(own) else rows).tolist()]
+    return out
 
 
 def with_subject(caption: str, cls: str) -> str:
@@ -250,6 +292,7 @@ def load_translator(folder: Path, profile: Profile) -> Translator:
         blip_variant=facts["blip_variant"],
         colour=facts.get("colour"),
         grain=facts.get("grain", 0.0),
+        wardrobe=facts.get("wardrobe"),
     )
 
 
