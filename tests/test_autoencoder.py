@@ -131,6 +131,27 @@ def test_fine_band_energy_sees_fur_and_only_inside_the_mask() -> None:
     assert ae.fine_band_energy(blurred, everywhere) < 0.2 * ae.fine_band_energy(fur, everywhere)
 
 
+def test_the_texture_term_asks_for_as_much_detail_not_for_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    fur, other = torch.randn(2, 4, 3, 32, 32, generator=generator)
+    blurred = F.avg_pool2d(fur, 3, 1, 1)
+
+    def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((ae._texture(a) - ae._texture(b)).abs().mean())
+
+    assert ae._texture(fur).shape == (4, 3, 8, 8)
+    assert gap(fur, other) < 0.25 * gap(fur, blurred)
+    # In the loss it is what its weight says, and without a weight it is not there.
+    vae = tiny.tiny_vae(tiny.pictures("natural", 4))
+    seen = to_tensor(tiny.pictures("natural", 4))
+    plain, halved, whole = (
+        float(ae.autoencoder_loss(vae, seen, seen, torch.Generator().manual_seed(1), **weight)[0])
+        for weight in ({}, {"texture_weight": 0.5}, {"texture_weight": 1.0})
+    )
+    assert whole > plain
+    assert halved - plain == pytest.approx((whole - plain) / 2, rel=1e-3)
+
+
 def test_the_loss_falls_as_it_learns_to_copy(images: np.ndarray) -> None:
     batch = F.avg_pool2d(to_tensor(images[[0, 1, 2, 6, 7, 8]]), 2)
 

@@ -63,7 +63,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for module in (foundation, blip, ldm):
             patch.setattr(module, "train", functools.partial(unwarmed, module.train))
         for name, options in foundation.STEPS.items():
-            small = {"steps": 2, "batch_size": 4}
+            small = {"steps": 2, "decoder_steps": 2, "batch_size": 4}
             patch.setitem(foundation.STEPS, name, {**options, **small})
         for name in ("autoencoder", "structure", "blip", "denoiser"):
             assert foundation.make(name) == root / "data" / "foundation" / name

@@ -48,7 +48,6 @@ STEPS: dict[str, dict[str, Any]] = {
         "widths": (32, 64),
         # Then the decoder alone, for as much fur as the pictures have.
         "decoder_steps": 6_000,
-        "texture_weight": 0.3,
     },
     "blip": {"steps": 2_500, "batch_size": 32, "learning_rate": 1e-3},
     "structure": {"steps": 4_000, "batch_size": 16, "learning_rate": 2e-3},
@@ -166,6 +165,7 @@ def make_autoencoder() -> Path:
         psnr,
         tiny_autoencoder,
     )
+    from tomjerry_utils.ldm import TEXTURE_WEIGHT
 
     options = STEPS["autoencoder"]
     both = np.concatenate([pictures("natural zoo")["image"], pictures("cartoon zoo")["image"]])
@@ -224,7 +224,7 @@ def make_autoencoder() -> Path:
     )
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
-    last = {"kl_weight": 0.0, "texture_weight": options["texture_weight"]}
+    last = {"kl_weight": 0.0, "texture_weight": TEXTURE_WEIGHT}
     second = phase("decoder", options["learning_rate"] / 3, lambda step: last)
     measure_latents(vae, torch.from_numpy(both[:2000]))
     return _ship(

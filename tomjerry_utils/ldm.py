@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tomjerry_utils import blip, collect, structure
 from tomjerry_utils.autoencoder import (
@@ -26,7 +26,6 @@ from tomjerry_utils.autoencoder import (
     encode_all,
     factor_of,
     load_autoencoder,
-    measure_latents,
 )
 from tomjerry_utils.denoiser import (
     NO_CLASS,
@@ -60,6 +59,7 @@ from tomjerry_utils.scenes import LABELS, PARTS
 from tomjerry_utils.training import TrainResult, apply_ema, pick_device, train
 
 STAGE = "04_ldm"
+TEXTURE_WEIGHT = 0.3  # of the decoder's texture term
 TEXT_LENGTH = 20  # tokens of a caption that the denoisers attend to
 
 
@@ -325,46 +325,48 @@ def _make(
 def tune_autoencoder(
     vae: AutoencoderKL, images: np.ndarray, profile: Profile, folder: Path
 ) -> None:
-    """Fine-tune the autoencoder on the collected pictures and measure its latents."""
+    """Fine-tune the decoder on the collected pictures.
+
+    The encoder and the latents' statistics stay as they came: the denoiser that this stage starts
+    from learnt on those latents, and would have to learn anew on others.
+    """
     options = profile.ldm
+    if not options.autoencoder_steps:
+        return
     pictures = torch.from_numpy(images)
-    device = pick_device(profile.device)
-    if options.autoencoder_steps:
+    learning = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    vae.requires_grad_(False).to(pick_device(profile.device))
+    learning.requires_grad_(True)
 
-        def batches(step: int, generator: torch.Generator) -> Tensor:
-            index = torch.randint(
-                len(pictures), (options.autoencoder_batch_size,), generator=generator
-            )
-            return pictures[index].permute(0, 3, 1, 2).float() / 127.5 - 1
+    def batches(step: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(pictures), (options.autoencoder_batch_size,), generator=generator)
+        return pictures[index].permute(0, 3, 1, 2).float() / 127.5 - 1
 
-        def loss(batch: Tensor, step: int, generator: torch.Generator) -> Any:
-            return autoencoder_loss(vae, batch, batch, generator)
-
-        result = train(
-            {"vae": vae},
-            loss,
-            batches,
-            steps=options.autoencoder_steps,
-            learning_rate=options.autoencoder_learning_rate,
-            warmup_steps=min(options.warmup_steps, options.autoencoder_steps),
-            folder=folder,
-            seed=profile.seed,
-            ema_decay=0.99,
-            weight_decay=0.0,
-            precision=profile.precision,
-            device=profile.device,
-            threads=profile.threads,
-            log_every=max(1, options.autoencoder_steps // 20),
-            checkpoint_every_s=profile.checkpoint_every_s,
-            describe="04 autoencoder",
-            keep_checkpoint=True,
+    def loss(batch: Tensor, step: int, generator: torch.Generator) -> Any:
+        return autoencoder_loss(
+            vae, batch, batch, generator, kl_weight=0.0, texture_weight=TEXTURE_WEIGHT
         )
-        apply_ema({"vae": vae}, result)
-    vae.to(device)
-    measure_latents(
-        vae,
-        pictures[torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:1000]],
+
+    result = train(
+        {"decoder": learning},
+        loss,
+        batches,
+        steps=options.autoencoder_steps,
+        learning_rate=options.autoencoder_learning_rate,
+        warmup_steps=min(options.warmup_steps, options.autoencoder_steps),
+        folder=folder,
+        seed=profile.seed,
+        ema_decay=0.99,
+        weight_decay=0.0,
+        precision=profile.precision,
+        device=profile.device,
+        threads=profile.threads,
+        log_every=max(1, options.autoencoder_steps // 20),
+        checkpoint_every_s=profile.checkpoint_every_s,
+        describe="04 decoder",
+        keep_checkpoint=True,
     )
+    apply_ema({"decoder": learning}, result)
 
 
 def train_denoiser(

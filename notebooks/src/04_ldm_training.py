@@ -76,8 +76,8 @@ settings = load_profile(profile, seed=seed)
 collection = collect.ensure(settings)
 
 # %% [markdown]
-# The next cell does all of stage 04, or reads it if it has been done: it tunes the autoencoder on
-# the pictures of both domains, turns them all into latents, and trains the denoiser on those.
+# The next cell does all of stage 04, or reads it if it has been done: it tunes the decoder on the
+# pictures of both domains, turns them all into latents, and trains the denoiser on those.
 # Everything after it explains what happened. Interrupt it if you like; it goes on where it was.
 
 # %%
@@ -95,7 +95,9 @@ options = settings.ldm
 #
 # and does everything else on the small $z$. The tiny models here are the same classes as Stable
 # Diffusion's (`AutoencoderKL`, `UNet2DConditionModel`), and in `mini` they start from weights that
-# learnt on the zoo of nameless animals, as the poster's start from Stable Diffusion.
+# learnt on the zoo of nameless animals, as the poster's start from Stable Diffusion. Of the
+# autoencoder only the decoder is tuned: the denoiser learnt to read *these* latents, and an encoder
+# that moved would make it start again.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -156,7 +158,7 @@ for domain in scenes.STYLES:
 # $$z_t := \alpha_t z + \sigma_t \eta, \qquad \eta \sim \mathcal{N}(0, 1),$$
 #
 # with $\alpha_t^2 + \sigma_t^2 = 1$, so that latents of variance one keep it. That is why the
-# package normalises the latents' channels.
+# latents' channels are normalised, with statistics that come with the autoencoder.
 
 # %%
 picture = next(i for i, label in enumerate(run.natural.labels) if scenes.LABELS[label] == "cat")
@@ -271,7 +273,7 @@ saved = figures.save_figure(
 # %% [markdown]
 # ## 4 · How it went
 #
-# Two trainings: the autoencoder's, seen as PSNR on what it trains on, and the denoiser's loss. The
+# Two trainings: the decoder's, seen as PSNR on what it trains on, and the denoiser's loss. The
 # loss is noisy because each step draws other times $t$, and easy times cost less than hard ones;
 # its floor is not zero, since much of a picture cannot be known from noise.
 #
@@ -287,14 +289,14 @@ with mpl.rc_context(canvas.style()):
     if history:
         dB = [10 * np.log10(4 / row["mse"]) for row in history]
         left.plot([row["step"] for row in history], dB)
-    left.set(title="autoencoder", xlabel="step", ylabel="PSNR, dB")
+    left.set(title="decoder", xlabel="step", ylabel="PSNR, dB")
     at = [row["step"] for row in run.history]
     right.plot(at, [row["loss"] for row in run.history], color=canvas.VERMILLION)
     right.set(title="denoiser", xlabel="step", ylabel="weighted ‖ẑ − z‖²")
 saved = figures.save_figure(
     figure,
     "training_curves",
-    alt="Two training curves. Left, the autoencoder's PSNR over its steps; right, the denoiser's "
+    alt="Two training curves. Left, the decoder's PSNR over its steps; right, the denoiser's "
     "loss over its steps, noisy and falling.",
     run=settings,
     notebook="04_ldm_training",

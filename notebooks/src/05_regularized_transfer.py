@@ -129,6 +129,13 @@ print(f"translating x = -1.5 with the second: {given_view @ [0, np.sign(-1.5)]:+
 #   translations would have no faces;
 # - **tones**: where the background is light and dark, as an 8 × 8 grid, each domain standardised by
 #   its own mean and spread.
+#
+# And one thing a cat must have that no cartoon tells: a **coat**. Left open, it is what a short
+# training is worst at: the best guess from noise is the mean of all coats, which is mud. So the
+# view of a natural picture also holds its animals' colours, as mean and spread, and the model
+# learns to draw *that* coat. At translation the coat is **drawn from the natural training
+# pictures**, from one of the sixteen of its class that were taken in the most similar light
+# (`structure.wear`). Tom has no say in it, and one cartoon gives cats of many colours.
 
 # %%
 PALETTE = np.array(
@@ -196,7 +203,8 @@ saved = figures.save_figure(
 # NBVAL_CHECK_OUTPUT
 larger = structure.head_ratio(model.cartoon.views, model.natural.views)
 print(f"view: {views.shape[1]} channels on a grid of {views.shape[2]} × {views.shape[3]}")
-print(f"    = {len(scenes.PARTS) - 1} part maps and the mouse's, at twice that grid, and 3 tones")
+print(f"    = {structure.MAPS} for {len(scenes.PARTS)} maps (parts, mouse) at twice that grid,")
+print(f"    + {structure.COATS} for the coats of cat and mouse, + 3 tones")
 print(f"cartoon heads and eyes take {larger:.2f} times the edge length that natural ones do")
 read = structure.classify(see(collection.images(held))[1])
 known = np.mean([a == b["class"] for a, b in zip(read, held, strict=True)])
@@ -215,7 +223,7 @@ print(f"class read off the parts: right for {known:.3f} of {len(held)} held-out 
 # %%
 def parts_in(view: torch.Tensor) -> np.ndarray:
     """The part maps inside a view as pictures; the wall is what is left."""
-    share = (F.pixel_shuffle(view[:, :-3], 2) + 1) / 2
+    share = (F.pixel_shuffle(view[:, : structure.MAPS], 2) + 1) / 2
     wall = 1 - share[:, :-1].sum(1, keepdim=True)
     return parts_of(torch.cat([wall, share], 1))
 
@@ -386,9 +394,9 @@ saved = figures.save_figure(
 # ## 6 · Translations
 #
 # Held-out cartoons, the first of each class and of different actions; nothing was picked. Each is
-# translated from two different noises: what the cartoon says stays, coat and light are free. Over
-# what the decoder draws lies the grain of a camera, as strong as the natural training pictures have
-# it and their latents do not; notebook 06 says what that is worth.
+# translated twice, with different noise and another coat: what the cartoon says stays, the rest is
+# free. Over what the decoder draws lies the grain of a camera, as strong as the natural training
+# pictures have it and their latents do not; notebook 06 says what that is worth.
 
 # %%
 first: dict[tuple[str, str], int] = {}
@@ -400,13 +408,14 @@ again = translator.translate(sources[order], seed=seed + 1)
 figure = figures.contact_sheet(
     np.concatenate([sources[order], made.images[order], again.images]),
     columns=len(order),
-    row_titles=["cartoon", "translation", "other noise"],
+    row_titles=["cartoon", "translation", "another draw"],
 )
 saved = figures.save_figure(
     figure,
     "translations",
     alt="Held-out cartoons of Tom, Jerry and both in different actions, and under each two natural "
-    "pictures of a cat, a mouse or both that the translator drew from it, with different noise.",
+    "pictures of a cat, a mouse or both that the translator drew from it, with other noise and "
+    "other coats.",
     run=settings,
     notebook="05_regularized_transfer",
 )
