@@ -368,3 +368,28 @@ def test_ctrl_c_is_130_without_a_traceback(tmp_path: Path) -> None:
     assert "metadata.jsonl" not in names
     for path in (tmp_path / "out").glob("*.png"):
         Image.open(path).load()
+
+
+def test_an_error_with_words_of_its_own_keeps_them() -> None:
+    assert cli._explain(OSError("cannot write a checkpoint to /x: full")) == (
+        "cannot write a checkpoint to /x: full"
+    )
+    assert "check the path" in cli._explain(FileNotFoundError(errno.ENOENT, "No such file", "/y"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("translate", "x.png", "--out", "o", "--seed", "1" + 12 * "0"), "from 0 to 999999999999"),
+        (("caption", "run", "--price", "nan,1"), "dollars per million"),
+        (("caption", "run", "--price=-1,1"), "dollars per million"),
+        (("caption", "run", "--price", "1,inf"), "dollars per million"),
+    ],
+)
+def test_numbers_that_would_break_are_refused(
+    options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([*options])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err

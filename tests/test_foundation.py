@@ -12,11 +12,14 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from tomjerry_utils import UserError, blip, foundation, ldm, scenes, structure
+from tomjerry_utils import UserError, blip, compare, foundation, ldm, metrics, scenes, structure
 from tomjerry_utils import autoencoder as ae
-from tomjerry_utils.images import to_tensor
+from tomjerry_utils.images import save_image, to_tensor
+from tomjerry_utils.profiles import load_profile
 from tomjerry_utils.runs import foundation_root, read_json, read_jsonl
+from tomjerry_utils.translator import load_translator
 
+TEST_SCENES = 60
 SHIPPED = ("autoencoder", "blip", "structure", "judges", "denoiser")
 MEGABYTES = 40
 
@@ -159,6 +162,7 @@ def test_the_shipped_autoencoder_is_as_crisp_as_it_claims() -> None:
     assert ae.psnr(back, wanted).mean() == pytest.approx(claimed["psnr_db"], abs=1.0)
     fur = [ae.fine_band_energy(x, held_out()["mask"]) for x in (back, wanted)]
     assert fur[0] / fur[1] == pytest.approx(claimed["fur_energy"], abs=0.12)
+    assert claimed["psnr_db"] >= 34 and claimed["fur_energy"] >= 0.7  # on 300 held-out scenes
 
 
 @pytest.mark.parametrize("style", scenes.STYLES)
@@ -209,3 +213,21 @@ def test_the_shipped_denoiser_draws_what_a_view_says() -> None:
     # Control: shown another picture's view, it draws another animal.
     batch.view = views.roll(1, 0)
     assert overlap(batch) < 0.6
+
+
+@pytest.mark.slow
+def test_the_shipped_translator_reaches_its_targets(tmp_path: Path) -> None:
+    """On a few test scenes: notebook 06 does it on 300, with intervals."""
+    translator = load_translator(foundation_root() / "translator", load_profile("mini"))
+    seeds = compare.held_out_seeds(TEST_SCENES)
+    cartoons = scenes.render_many(seeds, "cartoon", 64)["image"]
+    made = translator.translate(cartoons)
+    for seed, image in zip(seeds, made.images, strict=True):
+        save_image(tmp_path / f"{seed}.png", image)
+    result = metrics.evaluate_folder(tmp_path, bootstrap=50)
+    got = {name: row["value"] for name, row in result["metrics"].items()}
+    cartoon = {name: row["value"] for name, row in result["rows"]["identity"].items()}
+    assert got["class_accuracy"] >= 0.9 and cartoon["class_accuracy"] <= 0.1, got
+    assert got["action_accuracy"] >= 0.8, got
+    assert got["mask_iou"] >= 0.6, got
+    assert got["kid"] <= cartoon["kid"] / 4, (got, cartoon)

@@ -11,7 +11,7 @@ import pytest
 
 from tomjerry_utils import UserError, compare, ldm, metrics, runs, study, transfer
 from tomjerry_utils.profiles import load_profile
-from tomjerry_utils.runs import read_json, write_json
+from tomjerry_utils.runs import read_json, write_json, write_jsonl
 
 SMOKE = load_profile("smoke")
 NAMES = [name for name in compare.METRICS if name != "kid"]
@@ -227,6 +227,42 @@ def test_seconds_of_finished_stages(fresh_runs: Path) -> None:
         write_json(fresh_runs / "smoke" / stage / "provenance.json", record)
     (fresh_runs / "smoke" / "06_compare").mkdir()
     assert study.stage_seconds(SMOKE) == {"04_ldm": 12.5, "05_transfer": 3.0}
+
+
+def test_a_finished_courses_numbers_are_kept_and_drawn_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, folder = tmp_path / "project", tmp_path / "runs" / "smoke"
+    monkeypatch.setenv("TOMJERRY_ROOT", str(root))
+    monkeypatch.setenv("TOMJERRY_RUNS", str(tmp_path / "runs"))
+    assert study.keep_results(SMOKE) is None  # nothing has run
+    cell = {"value": 0.5, "ci95": [0.4, 0.6], "n": 9}
+    scores = dict.fromkeys(("class_accuracy", "action_accuracy", "mask_iou", "pck", "kid"), cell)
+    methods = ("ours", "identity", "colour", "sdedit")
+    history = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
+    write_json(
+        folder / "06_compare" / "results.json",
+        {"methods": {name: {"metrics": scores} for name in methods}, "rows": {"floor": scores}},
+    )
+    write_json(folder / "05_transfer" / "ablation.json", [])
+    for stage in ("04_ldm/denoiser_training", "05_transfer/training"):
+        write_jsonl(folder / stage / "history.jsonl", history)
+    assert study.keep_results(SMOKE) is None  # not finished
+    write_json(
+        folder / "06_compare" / "provenance.json",
+        {"started": "2026-01-02T03:04:05+00:00", "device": "a laptop", "key": "abc"},
+    )
+    kept = study.keep_results(SMOKE)
+    assert kept == root / "results" / "smoke" / "course.json"
+    table = read_json(kept)
+    assert (table["date"], table["key"]) == ("2026-01-02", "abc")
+    assert table["05 translator"] == history
+    drawn = study.draw_results(root / "results")
+    assert [path.name for path in drawn] == [
+        "results_metrics_table.pdf", "results_mask_iou.pdf", "results_training.pdf",
+    ]  # fmt: skip
+    assert all(path.parent == root / "figures" and path.stat().st_size > 1000 for path in drawn)
+    assert read_json(drawn[0].with_suffix(".json"))["key"] == "abc"
 
 
 def test_results_are_drawn_without_a_run(made_up: dict[str, Any], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tomjerry_utils import UserError
+from tomjerry_utils import UserError, cli
 from tomjerry_utils.training import TrainResult, apply_ema, progress, schedule_factor, train
 
 # A subprocess and the tests train this same model: dropout and batch norm make exact resume hard.
@@ -189,6 +189,24 @@ def test_interrupt_writes_a_checkpoint_first(
         return inner(batch, step, generator)
 
     with pytest.raises(KeyboardInterrupt):
+        train({"net": net}, interrupted, batches, folder=tmp_path, **SETTINGS)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert (tmp_path / "checkpoint/00000021/state.json").exists()
+    assert_equal_runs(run(tmp_path), uninterrupted)
+
+
+def test_interrupt_under_the_command_line_writes_a_checkpoint_first(
+    tmp_path: Path, uninterrupted: tuple[nn.Module, TrainResult]
+) -> None:
+    net = make()
+    inner = loss_of(net)
+
+    def interrupted(batch: object, step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
+        if step == 20:
+            signal.raise_signal(signal.SIGINT)
+        return inner(batch, step, generator)
+
+    with pytest.raises(KeyboardInterrupt), cli._interrupts():
         train({"net": net}, interrupted, batches, folder=tmp_path, **SETTINGS)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert (tmp_path / "checkpoint/00000021/state.json").exists()

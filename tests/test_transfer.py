@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,8 +29,8 @@ from tomjerry_utils.translate import distance, find_weights, translate_files
 from tomjerry_utils.translator import (
     SUBJECTS,
     Translator,
-    _noise,
     load_translator,
+    noise_for,
     ship,
     wardrobe,
     with_subject,
@@ -72,9 +73,9 @@ def test_with_subject(caption: str, cls: str, expected: str) -> None:
 
 
 def test_noise_belongs_to_the_picture_not_to_the_batch() -> None:
-    whole = _noise((4, 8, 8), 3, range(5))
-    assert torch.equal(_noise((4, 8, 8), 3, [2, 3]), whole[2:4])
-    assert not torch.equal(_noise((4, 8, 8), 4, range(5)), whole)
+    whole = noise_for((4, 8, 8), 3, range(5))
+    assert torch.equal(noise_for((4, 8, 8), 3, [2, 3]), whole[2:4])
+    assert not torch.equal(noise_for((4, 8, 8), 4, range(5)), whole)
     assert len({float(row.sum()) for row in whole}) == 5
 
 
@@ -100,8 +101,9 @@ def test_a_blind_translator_is_told_only_what_its_row_allows(
     assert torch.equal(blind.source, seen.view)
     assert blind.mask.sum() > 0
     # "no source" has no attention, and nothing of the cartoon but its class is left.
-    alone = tiny.tiny_translator(attention=None)
-    none = transfer._Blind(**vars(alone)).conditions(cartoons, None).batch
+    alone = transfer._Blind(**vars(tiny.tiny_translator(attention=None)))
+    alone.told = False
+    none = alone.conditions(cartoons, None).batch
     assert none.view.abs().max() == 0
     assert none.mask.sum() == 0
 
@@ -202,7 +204,7 @@ def test_starting_from_the_source_keeps_it(translator: Translator, cartoons: np.
     def gap(images: np.ndarray) -> float:
         return float(np.abs(images.astype(int) - same).mean())
 
-    assert gap(few) != gap(noise)
+    assert gap(few) < gap(noise)
     assert not np.array_equal(few, noise)
 
 
@@ -268,6 +270,29 @@ def test_a_row_trains_both_models_and_leaves_stage_04_alone(
     assert torch.equal(again.conv_in.weight, unet.conv_in.weight)
     other, _, _ = row(before, translator.describer, tmp_path / "c", seed=5)
     assert not torch.equal(other.conv_in.weight, unet.conv_in.weight)
+
+
+def test_an_independent_source_is_another_pictures_view_and_no_caption(
+    before: Any, translator: Translator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ldm.Batch] = []
+    real = transfer.denoising_loss
+
+    def watched(unet: Any, conditioner: Any, batch: ldm.Batch, *given: Any, **options: Any) -> Any:
+        seen.append(batch)
+        return real(unet, conditioner, batch, *given, **options)
+
+    monkeypatch.setattr(transfer, "denoising_loss", watched)
+    monkeypatch.setattr(transfer.structure, "exaggerate", lambda views, *_, **__: views)
+    row(before, translator.describer, tmp_path / "own", use_view=False)
+    row(before, translator.describer, tmp_path / "other", use_view=False, source="other")
+    own, other = seen[0], seen[len(seen) // 2]
+    assert own.source is not None and other.source is not None
+    assert torch.equal(other.latents, own.latents)  # the same pictures,
+    assert torch.equal(other.source, own.source.roll(1, 0))  # each with its neighbour's view
+    assert not torch.equal(other.source, own.source)
+    assert own.mask.sum() > 0 and other.mask.sum() == 0
+    assert other.view.abs().max() == 0
 
 
 def test_training_leaves_the_global_random_state_alone(
@@ -370,7 +395,9 @@ def test_find_weights_prefers_what_is_named_then_the_own_run_then_the_shipped(
 
 
 def test_weights_of_another_profile_are_a_users_mistake(weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"32 px pictures, profile mini 64.*--profile smoke"):
+    with pytest.raises(
+        UserError, match=r"profile smoke for 32 px pictures, profile mini .*--profile smoke"
+    ):
         load_translator(weights, load_profile("mini"))
     with pytest.raises(UserError, match="holds no translator"):
         load_translator(tmp_path, SMOKE)
@@ -437,6 +464,47 @@ def test_a_seed_repeats_and_existing_outputs_are_kept(
     assert len(read_jsonl(one / "report.jsonl")) == 2
     translate([inputs / "photo.jpg"], one, weights, seed=4, overwrite=True)
     assert (one / "photo.png").read_bytes() != first
+
+
+def test_an_input_is_never_overwritten(inputs: Path, weights: Path) -> None:
+    picture = inputs / "clear.png"
+    before = picture.read_bytes()
+    with pytest.raises(UserError, match=r"clear\.png is an input .*choose another --out"):
+        translate([picture], inputs, weights, overwrite=True)
+    assert picture.read_bytes() == before
+    assert not (inputs / "report.jsonl").exists()
+
+
+def test_more_steps_than_the_schedule_has_are_a_users_mistake(
+    inputs: Path, tmp_path: Path, weights: Path
+) -> None:
+    with pytest.raises(UserError, match="--steps 1001: the noise schedule has 1000"):
+        translate([inputs], tmp_path / "out", weights, steps=1001)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "translator.json",
+        "structure/diffusion_pytorch_model.safetensors",
+        "autoencoder/diffusion_pytorch_model.safetensors",
+        "denoiser/unet/diffusion_pytorch_model.safetensors",
+        "denoiser/conditioner/diffusion_pytorch_model.safetensors",
+        "blip/captioner/model.safetensors",
+        "blip/retrieval/model.safetensors",
+    ],
+)
+def test_broken_weights_are_one_clear_line(name: str, weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    load_translator(folder, SMOKE)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError) as caught:
+        load_translator(folder, SMOKE)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_first_line_says_which_weights(

@@ -21,6 +21,7 @@ from tomjerry_utils.autoencoder import decode, encode_all, factor_of
 from tomjerry_utils.denoiser import Batch, Conditioner, sample, with_attention
 from tomjerry_utils.images import add_grain, to_uint8
 from tomjerry_utils.scenes import LABELS, label_of
+from tomjerry_utils.translator import noise_for
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -63,6 +64,7 @@ def run(
     steps: int | None = None,
     strength: float = STRENGTH,
     model: Model | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, list[str]]:
     """Translate cartoons by a rival method.
 
@@ -72,7 +74,8 @@ def run(
             of classes.
         images: (N, S, S, 3) uint8 at the translator's size.
         classes: tom, jerry, both, or None to read the class off the picture.
-        seed: of SDEdit's noise; picture i's depends on (seed, i) alone.
+        seed: of SDEdit's noise; a picture's depends on this and its number alone.
+        numbers: the pictures' numbers; None counts them from 0.
         steps: SDEdit's evaluations of the denoiser; None for as many as the translator takes.
         strength: share of the noise that SDEdit adds, 0 … 1.
         model: whose denoiser SDEdit uses, stage 04's where it is at hand; None for the
@@ -104,9 +107,10 @@ def run(
         steps=steps or translator.steps,
         strength=strength,
         guidance_scale=translator.guidance_scale,
+        numbers=numbers,
     )
     # The same camera as the translator's, so that neither gains by its grain.
-    return add_grain(made, translator.grain, seed=seed, numbers=range(len(made))), names
+    return add_grain(made, translator.grain, seed=seed, numbers=numbers or range(len(made))), names
 
 
 def read_classes(
@@ -198,6 +202,7 @@ def sdedit(
     steps: int,
     strength: float,
     guidance_scale: float,
+    numbers: Sequence[int] | None = None,
     batch_size: int = 50,
 ) -> np.ndarray:
     """Noise the source's latents to `strength` and denoise them as the class's natural label.
@@ -221,6 +226,7 @@ def sdedit(
     # A translator's attention to the source is left out; stage 04 has none.
     conditioner = with_attention(model.conditioner, None, 0).to(device).eval()
     out = np.empty_like(images)
+    places = range(len(images)) if numbers is None else numbers
     for begin in range(0, len(images), batch_size):
         part = images[begin : begin + batch_size]
         source = encode_all(model.vae, torch.from_numpy(part)).to(device)
@@ -235,7 +241,7 @@ def sdedit(
                 steps=_schedule_length(model.scheduler, steps, strength),
                 guidance_scale=guidance_scale,
                 generator=torch.Generator().manual_seed(seed),
-                noise=_noise(source.shape, seed=seed, first=begin),
+                noise=noise_for(source.shape[1:], seed, places[begin:][: len(part)]).to(source),
                 start=source,
                 strength=strength,
             )
@@ -263,10 +269,3 @@ def _classes_only(
 def _schedule_length(scheduler: DDIMScheduler, steps: int, strength: float) -> int:
     """How many steps the whole schedule must have for `steps` of them to lie below `strength`."""
     return min(math.ceil(steps / strength), scheduler.config.num_train_timesteps)
-
-
-def _noise(shape: Sequence[int], *, seed: int, first: int) -> Tensor:
-    """Noise that depends on the seed and each picture's number, not on how they are batched."""
-    each = np.random.SeedSequence(seed).spawn(first + shape[0])[first:]
-    rows = [np.random.default_rng(s).standard_normal(tuple(shape[1:]), np.float32) for s in each]
-    return torch.from_numpy(np.stack(rows))

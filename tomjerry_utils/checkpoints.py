@@ -292,7 +292,8 @@ class Interrupts:
             ordinary = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
             for number, handler in ordinary.items():
                 # A signal that someone else handles, or that nohup ignores, stays theirs.
-                if signal.getsignal(number) == handler:
+                now = signal.getsignal(number)
+                if now == handler or getattr(now, "ordinary", False):
                     self._before[number] = signal.signal(number, self._catch)
         return self
 

@@ -65,6 +65,8 @@ def _explain(error: OSError) -> str:
         errno.EEXIST: "there is a file where a folder is wanted: choose another name",
         errno.ENAMETOOLONG: "choose a shorter name",
     }
+    if not error.strerror and str(error):
+        return str(error)  # raised by a library, or by us, with words of its own
     where = f"{error.filename}: " if error.filename else ""
     what = (error.strerror or type(error).__name__).lower()
     hint = hints.get(error.errno or 0, "check the disk, the network and the path")
@@ -87,6 +89,7 @@ def _interrupts() -> Iterator[None]:
         if os.getpid() == owner:
             raise KeyboardInterrupt
 
+    stop.ordinary = True  # type: ignore[attr-defined]  # a training may hold it back for a step
     before = signal.signal(signal.SIGINT, stop)
     try:
         yield
@@ -511,8 +514,8 @@ def _count(text: str) -> int:
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}': give a whole number, 0 or more")
+    if not text.isdecimal() or int(text) >= 10**12:
+        raise argparse.ArgumentTypeError(f"'{text}': give a whole number from 0 to 999999999999")
     return int(text)
 
 
@@ -529,6 +532,8 @@ def _above_zero(text: str) -> float:
 def _price(text: str) -> tuple[float, float]:
     try:
         first, second = (float(part) for part in text.split(","))
+        if not (0 <= first < math.inf and 0 <= second < math.inf):
+            raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"'{text}': give dollars per million tokens as IN,OUT, such as 0.4,1.6"

@@ -289,7 +289,7 @@ def redraw(profile: Profile) -> tuple[Path, list[Path]]:
             result = run_course(profile, fresh=True)
         return run_root(profile), result.figures
     results = project_root() / "results"
-    if not any(results.glob("*.json")):
+    if not any(results.rglob("*.json")):
         raise UserError(
             f"nothing to draw from: no finished run in {run_root(profile)} and no {results}: "
             f"run 'tomjerry course --profile {profile.name}' first"
@@ -317,13 +317,18 @@ def _no_training() -> Iterator[None]:
 
 
 def sync(profile: Profile) -> list[Path]:
-    """Rewrite the committed notebooks from the executed ones of a run; return those that changed.
+    """Rewrite the committed notebooks from the executed ones of a run, and keep its numbers.
+
+    Returns:
+        the notebooks that changed, and `results/<profile>/course.json`.
 
     Raises:
         UserError: a notebook was not executed since its source last changed, or its copy would be
             larger than `MAX_BYTES`.
     """
     import nbformat
+
+    from tomjerry_utils import study
 
     changed = []
     for source in sources():
@@ -350,6 +355,8 @@ def sync(profile: Profile) -> list[Path]:
             with atomic_path(target) as temporary:
                 temporary.write_text(text, encoding="utf-8")
             changed.append(target)
+    if kept := study.keep_results(profile):
+        changed.append(kept)
     return changed
 
 

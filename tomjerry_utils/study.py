@@ -4,6 +4,9 @@
 carries; the notebooks read them, say their date, and check that what they train live falls within.
 Each training seed has a run of its own (`runs/<profile>-seed<k>`), whose stages resume by
 themselves: a study that was killed goes on with the same command.
+
+What one finished course measured is kept too, in `results/<profile>/course.json`, so that its
+figures can be drawn where its run is not.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from tomjerry_utils.runs import (
     log,
     project_root,
     read_json,
+    read_jsonl,
     run_root,
     write_json,
 )
@@ -268,16 +272,95 @@ STUDIES: dict[str, Callable[[Sequence[Profile]], dict[str, Any]]] = {
 }
 
 
+# ---- one course --------------------------------------------------------------------------------
+
+
+def keep_results(profile: Profile) -> Path | None:
+    """Keep a finished course's numbers as `results/<profile>/course.json`; None without a run."""
+    folder = run_root(profile)
+    parts = {
+        "compare": folder / "06_compare" / "results.json",
+        "ablation": folder / "05_transfer" / "ablation.json",
+        "04 denoiser": folder / "04_ldm" / "denoiser_training" / "history.jsonl",
+        "05 translator": folder / "05_transfer" / "training" / "history.jsonl",
+    }
+    record = folder / "06_compare" / PROVENANCE
+    if not record.is_file() or not all(path.is_file() for path in parts.values()):
+        return None
+    found = {
+        name: read_json(path) if path.suffix == ".json" else read_jsonl(path)
+        for name, path in parts.items()
+    }
+    made = read_json(record)
+    target = project_root() / "results" / profile.name / "course.json"
+    write_json(
+        target,
+        {
+            "profile": profile.name,
+            "seed": profile.seed,
+            "date": made["started"][:10],
+            "device": made["device"],
+            "key": made["key"],
+            **found,
+        },
+    )
+    return target
+
+
+def _draw_course(table: Mapping[str, Any], root: Path) -> list[Path]:
+    from tomjerry_utils import compare, figures
+
+    methods = table["compare"]["methods"]
+    overlap = {
+        compare.TITLES[name]: (
+            row["metrics"]["mask_iou"]["value"],
+            *row["metrics"]["mask_iou"]["ci95"],
+        )
+        for name, row in methods.items()
+    }
+    drawings = {
+        "metrics_table": (
+            compare.metrics_table_figure(table["compare"]),
+            "Table of six measures for ours, identity, colour transfer and SDEdit, with 95 % "
+            "intervals, and below the reference rows floor, autoencoder and ceiling.",
+        ),
+        "mask_iou": (
+            figures.intervals(
+                overlap,
+                label="mask IoU with the hidden twin, higher is better",
+                highlight=[compare.TITLES["ours"]],
+            ),
+            "Mask overlap with the hidden twin for each method, with its 95 % interval.",
+        ),
+        "training": (
+            figures.curve(
+                {name: table[name] for name in ("04 denoiser", "05 translator")},
+                y_label="weighted loss",
+            ),
+            "The losses of stage 04's denoiser and of stage 05's translator over their steps.",
+        ),
+    }
+    return [
+        figures.save_figure(
+            figure, f"results_{name}", alt=alt, run=root, show=False,
+            extra={"date": table["date"], "profile": table["profile"], "key": table["key"]},
+        ).with_suffix(".pdf")
+        for name, (figure, alt) in drawings.items()
+    ]  # fmt: skip
+
+
 # ---- figures -----------------------------------------------------------------------------------
 
 
 def draw_results(folder: Path) -> list[Path]:
-    """Draw what committed results hold, without a run: `figures/study_*.pdf` beside them."""
+    """Draw what committed results hold, without a run: `figures/{results,study}_*.pdf`."""
     from tomjerry_utils import compare
     from tomjerry_utils.figures import save_figure
 
-    drawn = []
     root = folder.parent
+    drawn = []
+    for path in sorted(folder.glob("*/course.json")):
+        drawn += _draw_course(read_json(path), root)
     if (folder / "compare.json").is_file():
         table = read_json(folder / "compare.json")
         path = save_figure(

@@ -45,13 +45,15 @@ from tomjerry_utils.training import TrainResult, apply_ema, pick_device, train
 from tomjerry_utils.translator import Conditions, Translator, load_translator, wardrobe
 
 STAGE = "05_transfer"
-# The rows of the ablation: name → (source attention, structure path, BLIP weight on or off).
-ABLATION: dict[str, tuple[str | None, bool, bool]] = {
-    "no source": (None, False, False),
-    "poster attention": ("poster", False, False),
-    "ldm attention": ("ldm", False, False),
-    "+ structure": ("ldm", True, False),
-    "+ BLIP term": ("ldm", True, True),
+# The rows of the ablation: name → (source attention, structure path, BLIP weight on or off, whose
+# view and caption it learns with: its own, another picture's view and no caption, or neither).
+ABLATION: dict[str, tuple[str | None, bool, bool, str]] = {
+    "no source": (None, False, False, "none"),
+    "independent source": ("ldm", False, False, "other"),
+    "poster attention": ("poster", False, False, "own"),
+    "ldm attention": ("ldm", False, False, "own"),
+    "+ structure": ("ldm", True, False, "own"),
+    "+ BLIP term": ("ldm", True, True, "own"),
 }
 
 
@@ -159,6 +161,7 @@ def train_row(
     attention: str | None,
     use_view: bool,
     blip_weight: float,
+    source: str = "own",
     seed: int | None = None,
 ) -> tuple[UNet2DConditionModel, Conditioner, TrainResult]:
     """Train one translator, from stage 04's weights, on natural pictures and their own views.
@@ -167,6 +170,8 @@ def train_row(
         attention: "poster", "ldm" or None for no attention to the source.
         use_view: the structure path, i.e. the view beside the noisy latents.
         blip_weight: λ of the poster's regularisation.
+        source: "own" learns each picture with its own view and caption; "other" with the view of
+            another, drawn independently as on the poster, and no caption; "none" with neither.
     """
     import copy
 
@@ -192,7 +197,10 @@ def train_row(
         shake = options.structure_noise * torch.rand(len(index), 1, 1, 1, generator=generator)
         batch.view = batch.view + shake * torch.randn(batch.view.shape, generator=generator)
         batch.captions = [data.texts[int(r)] for r in data.row[index]]
-        batch = drop(batch, labels=0.1, captions=0.1, view=0.0, generator=generator)
+        silent = 0.1 if source == "own" else 1.1
+        batch = drop(batch, labels=0.1, captions=silent, view=0.0, generator=generator)
+        if source == "other":
+            batch.view = batch.view.roll(1, 0)
         if not use_view:
             # The attention still reads the view; only the path beside the latents is cut.
             batch.source, batch.view = batch.view, torch.zeros_like(batch.view)
@@ -252,7 +260,7 @@ def ablate(
     rows = pictures.select(domain="cartoon", split="validation", source="scenes")[:48]
     images = pictures.images(rows, profile.image_size)
     out = []
-    for name, (attention, use_view, with_blip) in ABLATION.items():
+    for name, (attention, use_view, with_blip, source) in ABLATION.items():
         target = row_folder(folder, name)
         if not (target / "row.json").is_file():
             unet, conditioner, result = train_row(
@@ -264,6 +272,7 @@ def ablate(
                 attention=attention,
                 use_view=use_view,
                 blip_weight=profile.transfer.blip_weight if with_blip else 0.0,
+                source=source,
                 seed=seed,
             )
             net = structure.load_structure(model_source(profile.transfer.structure)).to(unet.device)
@@ -283,6 +292,7 @@ def ablate(
             )
             if not use_view:
                 translator = _Blind(**vars(translator))
+                translator.told = source == "own"
             made = translator.translate(images, seed=seed).images
             np.savez(target / "pictures.npz", source=images[:6], made=made[:6])
             write_json(
@@ -309,14 +319,16 @@ def row_folder(folder: Path, name: str) -> Path:
 class _Blind(Translator):
     """A translator without the structure path: the view reaches only the attention."""
 
+    told = True  # whether it gets the caption
+
     def conditions(
         self, images: np.ndarray, classes: Sequence[str | None] | None, **draw: Any
     ) -> Conditions:
         found = super().conditions(images, classes, **draw)
         batch = found.batch
         batch.source, batch.view = batch.view, torch.zeros_like(batch.view)
-        # "no source" gets no caption either: nothing but the class is left of the cartoon.
-        if self.conditioner.attend is None:
+        # A row that learnt without captions gets none: of "no source" but the class is left.
+        if not self.told:
             batch = drop(batch, labels=0.0, captions=1.1, view=0.0, generator=torch.Generator())
         return Conditions(batch, found.classes, found.captions)
 

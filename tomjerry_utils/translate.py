@@ -106,11 +106,17 @@ def translate_files(
         if target in seen:
             raise UserError(f"{source} and {seen[target]} would both become {target}: rename one")
         seen[target] = source
+    own = {source.resolve() for source, _ in pairs}
+    if drowned := [target for target in seen if target.resolve() in own]:
+        raise UserError(f"{drowned[0]} is an input and would be overwritten: choose another --out")
     there = [t for t in seen if t.exists()]
     if there and not overwrite:
         log(f"{len(there)} outputs exist and are kept; --overwrite makes them anew")
         pairs = [(s, t) for s, t in pairs if t not in set(there)]
     translator = load_translator(path, profile)
+    longest = translator.scheduler.config.num_train_timesteps
+    if steps is not None and steps > longest:
+        raise UserError(f"--steps {steps}: the noise schedule has {longest}; give no more")
     for source, _ in pairs:
         load_image(source, translator.size)
     reference = read_json(path / "translator.json")["reference"]
@@ -127,15 +133,15 @@ def translate_files(
             started = time.monotonic()
             images = np.stack([load_image(s, translator.size) for s, _ in some])
             classes = [None if cls == "auto" else cls] * len(some)
+            numbers = [int.from_bytes(sha256(x.tobytes()).digest()[:4]) for x in images]
             if method == "ours":
-                numbers = [int.from_bytes(sha256(x.tobytes()).digest()[:4]) for x in images]
                 made = translator.translate(
                     images, classes, seed=seed, steps=steps, numbers=numbers
                 )
                 pictures, names = made.images, made.classes
             else:
                 pictures, names = baselines.run(
-                    method, translator, images, classes, seed=seed, steps=steps
+                    method, translator, images, classes, seed=seed, steps=steps, numbers=numbers
                 )
             far = distance(images, reference)
             each = (time.monotonic() - started) / len(some)
@@ -150,5 +156,5 @@ def translate_files(
                 }
                 report.append(row)
                 file.write(json.dumps(row) + "\n")
-            file.flush()
+                file.flush()
     return report

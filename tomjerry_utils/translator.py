@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tomjerry_utils import UserError, blip, ldm, structure
@@ -158,7 +159,7 @@ class Translator:
         guide = None
         if blip_guidance:
             guide = self._guide(images, conditions.captions, blip_guidance)
-        noise = _noise(batch.latents.shape[1:], seed, numbers)
+        noise = noise_for(batch.latents.shape[1:], seed, numbers)
         return sample(
             self.unet,
             self.conditioner,
@@ -218,7 +219,7 @@ class Translation:
     captions: list[str]
 
 
-def _noise(shape: Sequence[int], seed: int, numbers: Sequence[int]) -> Tensor:
+def noise_for(shape: Sequence[int], seed: int, numbers: Sequence[int]) -> Tensor:
     """Noise for pictures of these numbers, whatever else is in their batch."""
     rows = []
     for number in numbers:
@@ -269,11 +270,21 @@ def load_translator(folder: Path, profile: Profile) -> Translator:
     """
     if not (folder / "translator.json").is_file():
         raise UserError(f"{folder} holds no translator; `tomjerry course --only 05` makes one")
-    facts = read_json(folder / "translator.json")
-    if facts["size"] != profile.image_size:
+    try:
+        return _load(folder, profile)
+    except (KeyError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{folder} translates {facts['size']} px pictures, profile {profile.name} "
-            f"{profile.image_size}: use --profile {facts['profile']}"
+            f"the translator in {folder} cannot be read ({first}): copy or make it anew"
+        ) from None
+
+
+def _load(folder: Path, profile: Profile) -> Translator:
+    facts = read_json(folder / "translator.json")
+    if (facts["profile"], facts["size"]) != (profile.name, profile.image_size):
+        raise UserError(
+            f"{folder} was made by profile {facts['profile']} for {facts['size']} px pictures, "
+            f"profile {profile.name} has {profile.image_size} px: use --profile {facts['profile']}"
         )
     device = pick_device(profile.device)
     vae = load_autoencoder(folder / "autoencoder").to(device)

@@ -267,6 +267,7 @@ def attend(query: torch.Tensor, memory: torch.Tensor, layer: denoiser.SourceAtte
 
 
 words, mask = translator.describer.text_tokens(["a cat is running on the street, facing left"])
+words, mask = words.cpu(), mask.cpu()
 source = views[:1]  # what of the source is attended to: its view, pooled 2 × 2
 places = F.avg_pool2d(source, 2).flatten(2).mT
 shapes = {}
@@ -311,15 +312,16 @@ made = translator.translate(sources, seed=seed)
 def alike(output: torch.Tensor, count: int) -> torch.Tensor:
     """BLIP similarity of outputs with their sources, or with those sources' captions."""
     return blip.similarity(
-        translator.describer, output, to_tensor(sources[:count]), options.blip_variant,
+        translator.describer, output, to_tensor(sources[:count]).to(output), options.blip_variant,
         made.captions[:count],
     )  # fmt: skip
 
 
 count = min(6, len(sources))
-output = to_tensor(made.images[:count]).requires_grad_(True)
+device = translator.unet.device
+output = to_tensor(made.images[:count]).to(device).requires_grad_(True)
 (gradient,) = torch.autograd.grad(alike(output, count).sum(), output)
-heat = F.avg_pool2d(gradient.norm(dim=1), 3, 1, 1).flatten(1)
+heat = F.avg_pool2d(gradient.norm(dim=1).cpu(), 3, 1, 1).flatten(1)
 heat = (heat / heat.amax(1, keepdim=True)).view(count, *output.shape[2:])
 colours = (255 * mpl.colormaps["cividis"](heat.sqrt().numpy())[..., :3]).astype(np.uint8)
 
@@ -349,10 +351,11 @@ saved = figures.save_figure(
 # small step at every guess of $z$ is what `blip_guidance` does at sampling.)
 
 # %%
-z = encode_all(translator.vae, torch.from_numpy(made.images[:count])).requires_grad_(True)
+z = encode_all(translator.vae, torch.from_numpy(made.images[:count]))
+z = z.to(device).requires_grad_(True)
 start = alike(decode(translator.vae, z), count)
 (uphill,) = torch.autograd.grad(start.sum(), z)
-random = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+random = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(device)
 start, z = start.detach(), z.detach()
 moved = {}
 for name, direction in (("uphill", uphill), ("random", random)):
@@ -438,8 +441,10 @@ for i in order[:3]:
 # ## 7 · Ablation: what holds on to what
 #
 # Each row is trained for equally many steps from stage 04's weights. "no source" is told the class
-# and nothing else, which is where the catch of section 1 ends: it draws a fine picture *of
-# something else*.
+# and nothing else: it draws a fine picture *of something else*. "independent source" is the catch
+# of section 1, on the real model: as the poster writes, it attends to a source that was drawn
+# independently of the picture it learns to draw (here another picture's view, and no caption). What
+# it learnt is to take no notice, so its cartoon does not help it at translation.
 
 # %%
 known_results = study.results("ablation")
@@ -468,7 +473,7 @@ saved = figures.save_figure(
     figure,
     "ablation",
     alt="Ablation in three panels: how often the action is named, the direction is named, and how "
-    "far silhouettes overlap, for five rows from no source to the whole method. Chance is dotted; "
+    "far silhouettes overlap, for six rows from no source to the whole method. Chance is dotted; "
     "the structure path lifts all three.",
     run=settings,
     notebook="05_regularized_transfer",
@@ -483,8 +488,8 @@ for name, row in table.items():
     print(f"{name:<18} {row['steps']:>6} {numbers}")
 
 # %% [markdown]
-# In a `mini` run the two attention rows read the caption, and obey its verb; where the animal
-# stands and which way it faces, they do not know, although they attend to the whole view.
+# In a `mini` run the two attention rows below those read the caption, and obey its verb; where the
+# animal stands and which way it faces, they do not know, although they attend to the whole view.
 # Attention sees its tokens as a set without order: *where* something is has to squeeze through,
 # and a minute of training does not open that way. The structure path, the same view laid beside
 # the noisy latents place by place, works at once. The BLIP term changes little on top of it.

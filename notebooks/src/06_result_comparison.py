@@ -504,7 +504,7 @@ compare(
         "mask IoU": (mine["mask_iou"]["value"], {"smoke": (0, 1), "mini": (0.6, 1)}),
         "KID, ours / cartoons": (
             mine["kid"]["value"] / cartoon["kid"]["value"],
-            {"smoke": (0, 3), "mini": (-0.1, 0.7)},
+            {"smoke": (0, 3), "mini": (-0.1, 0.25)},
         ),
         "paired / unpaired width": (widths["identity"], {"smoke": (0, 1.2), "mini": (0, 1)}),
     },
