@@ -140,12 +140,12 @@ def test_the_texture_term_asks_for_as_much_detail_not_for_the_same() -> None:
         return float((ae._texture(a) - ae._texture(b)).abs().mean())
 
     assert ae._texture(fur).shape == (4, 3, 8, 8)
-    assert gap(fur, other) < 0.25 * gap(fur, blurred)
+    assert gap(fur, other) < 0.3 * gap(fur, blurred)
     # In the loss it is what its weight says, and without a weight it is not there.
     vae = tiny.tiny_vae(tiny.pictures("natural", 4))
     seen = to_tensor(tiny.pictures("natural", 4))
     plain, halved, whole = (
-        float(ae.autoencoder_loss(vae, seen, seen, torch.Generator().manual_seed(1), **weight)[0])
+        ae.autoencoder_loss(vae, seen, seen, torch.Generator().manual_seed(1), **weight)[0].item()
         for weight in ({}, {"texture_weight": 0.5}, {"texture_weight": 1.0})
     )
     assert whole > plain

@@ -78,7 +78,8 @@ def test_given_tones_are_used_instead_of_measured() -> None:
     net = structure.StructureNet((8, 16)).eval()
     describer = blip.create_tiny(scenes.vocabulary(), image_size=32, hidden_size=32)
     parts = {"vae": tiny.tiny_vae(images), "net": net, "describer": describer}
-    tone = ([0.5, 0.5, 0.5], [0.1, 0.1, 0.1])
+    colours = structure.COATS + 3
+    tone = ([0.5] * colours, [0.1] * colours)
     given, used = ldm.latent_set(images, [None] * 3, [""] * 3, tone=tone, **parts)
     own, measured = ldm.latent_set(images, [None] * 3, [""] * 3, tone=None, **parts)
     assert used == tone != measured

@@ -242,7 +242,12 @@ def test_a_finished_courses_numbers_are_kept_and_drawn_without_it(
     history = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
     write_json(
         folder / "06_compare" / "results.json",
-        {"methods": {name: {"metrics": scores} for name in methods}, "rows": {"floor": scores}},
+        {
+            "methods": {name: {"metrics": scores} for name in methods},
+            "rows": {"floor": scores},
+            "n": 9,
+            "features": "some features",
+        },
     )
     write_json(folder / "05_transfer" / "ablation.json", [])
     for stage in ("04_ldm/denoiser_training", "05_transfer/training"):
@@ -262,7 +267,7 @@ def test_a_finished_courses_numbers_are_kept_and_drawn_without_it(
         "results_metrics_table.pdf", "results_mask_iou.pdf", "results_training.pdf",
     ]  # fmt: skip
     assert all(path.parent == root / "figures" and path.stat().st_size > 1000 for path in drawn)
-    assert read_json(drawn[0].with_suffix(".json"))["key"] == "abc"
+    assert read_json(drawn[0].with_suffix(".json"))["extra"]["key"] == "abc"
 
 
 def test_results_are_drawn_without_a_run(made_up: dict[str, Any], tmp_path: Path) -> None:

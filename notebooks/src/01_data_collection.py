@@ -32,7 +32,7 @@
 # | profile | time | memory | disk | cost |
 # |---|---|---|---|---|
 # | `smoke` | half a minute | 0.7 GB | 15 MB | nothing |
-# | `mini` | 2 minutes on two cores | 0.8 GB | 40 MB | nothing |
+# | `mini` | 1 minute on two cores | 0.8 GB | 40 MB | nothing |
 # | `colab`, `paper` | the downloads, then minutes (estimate) | 2 GB | 20 GB | nothing |
 #
 # **On the poster** this is *Data*: "acquiring 5000 images for each of the source/cartoon and

@@ -32,7 +32,7 @@
 # | profile | time | memory | disk | cost |
 # |---|---|---|---|---|
 # | `smoke` | half a minute | 0.8 GB | 10 MB | nothing |
-# | `mini` | 3 minutes on two cores | 1 GB | 10 MB | nothing |
+# | `mini` | 1 minute on two cores | 1 GB | 10 MB | nothing |
 # | `colab` | about an hour on a T4 (estimate) | 12 GB of GPU | 2 GB | nothing |
 # | `paper` | the poster: 15 hours on an A40 | 24 GB of GPU | 2 GB | nothing |
 #

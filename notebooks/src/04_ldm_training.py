@@ -33,7 +33,7 @@
 # | profile | time | memory | disk | cost |
 # |---|---|---|---|---|
 # | `smoke` | half a minute | 1 GB | 40 MB | nothing |
-# | `mini` | 5 minutes on two cores | 1.5 GB | 140 MB | nothing |
+# | `mini` | 3 minutes on two cores | 1.5 GB | 140 MB | nothing |
 # | `colab` | some hours on a T4 | 14 GB of GPU | 10 GB | nothing |
 # | `paper` | the poster: 20 hours on an A40 | 40 GB of GPU | 20 GB | nothing |
 #

@@ -168,6 +168,10 @@ for key in ("kid", "perceptual", "class_accuracy", "mask_iou"):
     print(f"{key:<15} without {smooth[key]['value']:.3f}, with {rows['ours'][key]['value']:.3f}")
 
 # %% [markdown]
+# **The perceptual distance** asks for *this* twin, whose coat nobody could know: a translation that
+# draws another is charged for it, and grain that falls on other pixels is too. That is why the row
+# *identity*, in paint but in no coat of its own, stays close there and nowhere else.
+#
 # May the judges judge? The floor row says: on true natural scenes they must be nearly always right.
 # If they are not, nothing below it means much.
 #
