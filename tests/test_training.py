@@ -10,8 +10,10 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,8 +179,9 @@ def test_killed_run_equals_uninterrupted(
     assert_equal_runs(run(tmp_path / "run"), uninterrupted)
 
 
+@pytest.mark.parametrize("around", [nullcontext, cli._interrupts])
 def test_interrupt_writes_a_checkpoint_first(
-    tmp_path: Path, uninterrupted: tuple[nn.Module, TrainResult]
+    around: Any, tmp_path: Path, uninterrupted: tuple[nn.Module, TrainResult]
 ) -> None:
     net = make()
     inner = loss_of(net)
@@ -188,25 +191,7 @@ def test_interrupt_writes_a_checkpoint_first(
             signal.raise_signal(signal.SIGINT)
         return inner(batch, step, generator)
 
-    with pytest.raises(KeyboardInterrupt):
-        train({"net": net}, interrupted, batches, folder=tmp_path, **SETTINGS)
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    assert (tmp_path / "checkpoint/00000021/state.json").exists()
-    assert_equal_runs(run(tmp_path), uninterrupted)
-
-
-def test_interrupt_under_the_command_line_writes_a_checkpoint_first(
-    tmp_path: Path, uninterrupted: tuple[nn.Module, TrainResult]
-) -> None:
-    net = make()
-    inner = loss_of(net)
-
-    def interrupted(batch: object, step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
-        if step == 20:
-            signal.raise_signal(signal.SIGINT)
-        return inner(batch, step, generator)
-
-    with pytest.raises(KeyboardInterrupt), cli._interrupts():
+    with pytest.raises(KeyboardInterrupt), around():
         train({"net": net}, interrupted, batches, folder=tmp_path, **SETTINGS)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert (tmp_path / "checkpoint/00000021/state.json").exists()
