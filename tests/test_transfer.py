@@ -113,7 +113,8 @@ def test_coats_come_from_the_wardrobe_by_seed_and_number(
 ) -> None:
     coat = slice(structure.MAPS, structure.MAPS + structure.COATS)
     own = translator.conditions(cartoons, ["tom"] * 5).batch.view
-    rows = [[float(i)] * structure.COATS + [0.0] * 3 for i in range(12)]
+    rows = torch.zeros(12, structure.COATS + 3)
+    rows[:, : structure.COATS] = torch.arange(12.0)[:, None]
     dressed = Translator(**{**vars(translator), "wardrobe": {"tom": rows}})
     first = dressed.conditions(cartoons, ["tom"] * 5, seed=1).batch.view
     worn = first[:, coat.start, 0, 0]
@@ -144,9 +145,9 @@ def test_a_wardrobe_holds_the_natural_pictures_of_each_class() -> None:
     )
     found = wardrobe(data)
     assert set(found) == set(CLASSES)
-    assert [row[0] for row in found["tom"]] == [0.0, 4.0]  # cats; never the cartoons' own
-    assert [row[-1] for row in found["both"]] == [2.0, 6.0]
-    assert all(len(row) == structure.COATS + 3 for row in found["jerry"])
+    assert found["tom"][:, 0].tolist() == [0.0, 4.0]  # cats; never the cartoons' own
+    assert found["both"][:, -1].tolist() == [2.0, 6.0]
+    assert found["jerry"].shape == (2, structure.COATS + 3)
     # A class without pictures of its own is dressed from everybody's.
     data.labels[data.labels == LABELS.index("mouse")] = LABELS.index("cat")
     assert len(wardrobe(data)["jerry"]) == count
@@ -484,6 +485,7 @@ def test_more_steps_than_the_schedule_has_are_a_users_mistake(
     "name",
     [
         "translator.json",
+        "wardrobe.safetensors",
         "structure/diffusion_pytorch_model.safetensors",
         "autoencoder/diffusion_pytorch_model.safetensors",
         "denoiser/unet/diffusion_pytorch_model.safetensors",
@@ -582,7 +584,8 @@ def test_the_stage_leaves_a_translator_that_stands_alone(
     names = ("denoiser", "autoencoder", "structure", "blip")
     for name in names:
         shutil.copytree(run.folder / name, tmp_path / name)
-    shutil.copy(run.folder / "translator.json", tmp_path)
+    for name in ("translator.json", "wardrobe.safetensors"):
+        shutil.copy(run.folder / name, tmp_path)
     alone = load_translator(tmp_path, SMOKE)
     images = tiny.pictures("cartoon", 2, first=4_000_000)
     assert np.array_equal(alone.translate(images).images, run.translator.translate(images).images)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tomjerry_utils import scenes, structure
@@ -125,6 +126,10 @@ def tiny_translator(*, attention: str | None = "ldm", seed: int = 0) -> Translat
         guidance_scale=2.0,
         blip_variant="vision",
         colour=baselines.measure_colour(pictures("natural", 6)),
+        wardrobe={
+            name: torch.randn(20, structure.COATS + 3, generator=torch.Generator().manual_seed(i))
+            for i, name in enumerate(scenes.CLASSES)
+        },
     )
 
 
@@ -133,6 +138,7 @@ def save_translator(translator: Translator, folder: Path, *, profile: str = "smo
     from tomjerry_utils import blip, features
     from tomjerry_utils.denoiser import save_denoiser
     from tomjerry_utils.runs import write_json
+    from tomjerry_utils.translator import WARDROBE
 
     save_denoiser(translator.unet, translator.conditioner, folder / "denoiser")
     translator.vae.save_pretrained(folder / "autoencoder")
@@ -142,6 +148,8 @@ def save_translator(translator: Translator, folder: Path, *, profile: str = "smo
     found = found / np.linalg.norm(found, axis=1, keepdims=True)
     centre = found.mean(0)
     inside = 1 - found @ centre / np.linalg.norm(centre)
+    if translator.wardrobe is not None:
+        save_file(translator.wardrobe, folder / WARDROBE)
     write_json(
         folder / "translator.json",
         {

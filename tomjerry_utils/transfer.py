@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tomjerry_utils import blip, collect, ldm, structure
@@ -35,6 +36,7 @@ from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import (
     Stage,
     atomic_dir,
+    atomic_path,
     model_source,
     open_stage,
     read_json,
@@ -42,7 +44,13 @@ from tomjerry_utils.runs import (
     write_json,
 )
 from tomjerry_utils.training import TrainResult, apply_ema, pick_device, train
-from tomjerry_utils.translator import Conditions, Translator, load_translator, wardrobe
+from tomjerry_utils.translator import (
+    WARDROBE,
+    Conditions,
+    Translator,
+    load_translator,
+    wardrobe,
+)
 
 STAGE = "05_transfer"
 # The rows of the ablation: name → (source attention, structure path, BLIP weight on or off, whose
@@ -131,6 +139,8 @@ def _write_translator(
                     shutil.copy(file, target / file.name)
     with atomic_dir(folder / "blip") as target:
         blip.save(blip.ensure(profile).blip, target)
+    with atomic_path(folder / WARDROBE) as temporary:
+        save_file(wardrobe(before.natural), temporary)
     options = profile.transfer
     photographs = _photographs(profile)
     write_json(
@@ -146,7 +156,6 @@ def _write_translator(
             "reference": _reference(before, profile),
             "colour": _colour(photographs),
             "grain": _grain(photographs, before.vae),
-            "wardrobe": wardrobe(before.natural),
         },
     )
 

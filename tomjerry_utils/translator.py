@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tomjerry_utils import UserError, blip, ldm, structure
@@ -23,6 +24,7 @@ from tomjerry_utils.runs import log, read_json, write_json
 from tomjerry_utils.scenes import CLASSES, LABELS, label_of
 from tomjerry_utils.training import pick_device
 
+WARDROBE = "wardrobe.safetensors"
 SUBJECTS = {"tom": "a cat is", "jerry": "a mouse is", "both": "a cat and a mouse are"}
 
 
@@ -43,7 +45,7 @@ class Translator:
     blip_variant: str = "contrastive"
     colour: dict[str, Any] | None = None
     grain: float = 0.0  # deviation, as a share of the range; see `images.measure_grain`
-    wardrobe: dict[str, list[list[float]]] | None = None  # see :func:`wardrobe`
+    wardrobe: dict[str, Tensor] | None = None  # see :func:`wardrobe`
 
     def translate(
         self,
@@ -120,9 +122,8 @@ class Translator:
             for r, c in zip(read, classes or [None] * len(images), strict=True)
         ]
         if self.wardrobe is not None:
-            clothes = {name: torch.tensor(rows) for name, rows in self.wardrobe.items()}
             seeds = [_number(seed, n) for n in (range(len(images)) if numbers is None else numbers)]
-            views = structure.wear(views, [clothes[name] for name in names], seeds)
+            views = structure.wear(views, [self.wardrobe[name] for name in names], seeds)
         captions = [
             with_subject(blip.to_natural(text), name)
             for text, name in zip(self.describer.generate(images), names, strict=True)
@@ -232,8 +233,8 @@ def _number(seed: int, number: int) -> int:
     return 1_000_003 * (seed + 1) + int(number)
 
 
-def wardrobe(natural: ldm.LatentSet) -> dict[str, list[list[float]]]:
-    """What the animals of each class wear: class → rows of coats and mean tones.
+def wardrobe(natural: ldm.LatentSet) -> dict[str, Tensor]:
+    """What the animals of each class wear: class → coats and mean tones, (N, COATS + 3).
 
     Args:
         natural: the natural training pictures; up to 300 of each class are taken, and
@@ -249,7 +250,7 @@ def wardrobe(natural: ldm.LatentSet) -> dict[str, list[list[float]]]:
     out = {}
     for cls in CLASSES:
         own = rows[natural.labels == LABELS.index(label_of(cls, "natural"))][:300]
-        out[cls] = [[round(v, 3) for v in row] for row in (own if len(own) else rows).tolist()]
+        out[cls] = own if len(own) else rows
     return out
 
 
@@ -303,17 +304,16 @@ def _load(folder: Path, profile: Profile) -> Translator:
         blip_variant=facts["blip_variant"],
         colour=facts.get("colour"),
         grain=facts.get("grain", 0.0),
-        wardrobe=facts.get("wardrobe"),
+        wardrobe=load_file(folder / WARDROBE),
     )
 
 
 def ship(made: Path, folder: Path) -> None:
     """Copy a finished stage 05 as half-precision weights that stand alone."""
-    from safetensors.torch import load_file, save_file
-
     for name in ("denoiser", "autoencoder", "structure", "blip"):
         shutil.copytree(made / name, folder / name)
-    shutil.copy(made / "translator.json", folder / "translator.json")
+    for name in (WARDROBE, "translator.json"):
+        shutil.copy(made / name, folder / name)
     for path in folder.rglob("config.json"):
         # Where the weights lay on the machine that made them is nobody's business.
         config = read_json(path)
