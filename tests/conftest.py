@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("TOMJERRY_PROFILE", "TOMJERRY_ROOT", "TOMJERRY_NO_TRAINING"):
     os.environ.pop(name, None)
+
+
+# Started in the background, a shell has Ctrl-C ignored, and the tests of Ctrl-C would wait for it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
