@@ -54,9 +54,11 @@ def test_latents_have_mean_zero_and_deviation_one_once_measured(images: np.ndarr
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=0.1)
     with torch.no_grad():
         posterior = vae.encode(ae.to_patches(vae, to_tensor(images))).latent_dist
-    drawn = posterior.sample(torch.Generator().manual_seed(0))
+    # One draw is off by 2 % itself.
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([posterior.sample(generator) for _ in range(50)])
     scale = torch.tensor(vae.config.latents_std)
-    assert torch.allclose(drawn.std((0, 2, 3)) / scale, torch.ones(4), atol=0.05)
+    assert torch.allclose(drawn.std((0, 2, 3)) / scale, torch.ones(4), atol=0.02)
     # Measuring again finds the same: it measures the raw latents, not the normalised ones.
     kept = dict(vae.config)
     ae.measure_latents(vae, torch.from_numpy(images))

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from tomjerry_utils import UserError
+
+TEXTURE_WEIGHT = 0.3  # of the texture term, where the decoder is trained alone
 
 
 def tiny_autoencoder(
@@ -42,6 +44,13 @@ def tiny_autoencoder(
     with torch.no_grad():
         vae.quant_conv.bias[latent_channels:] -= 6.0
     return vae
+
+
+def decoder_alone(vae: AutoencoderKL) -> nn.ModuleDict:
+    """The decoding half, ready to be trained; the encoding half is frozen and its latents stay."""
+    decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    vae.requires_grad_(False)
+    return decoder.requires_grad_(True)
 
 
 def patch_of(vae: AutoencoderKL) -> int:

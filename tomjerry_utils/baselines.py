@@ -90,6 +90,7 @@ def run(
     if method not in METHODS:
         raise UserError(f"no rival method '{method}': choose from {', '.join(METHODS)}")
     names = read_classes(translator, images, classes)
+    numbers = range(len(images)) if numbers is None else numbers
     if method == "identity":
         return images.copy(), names
     if method == "colour":
@@ -110,7 +111,7 @@ def run(
         numbers=numbers,
     )
     # The same camera as the translator's, so that neither gains by its grain.
-    return add_grain(made, translator.grain, seed=seed, numbers=numbers or range(len(made))), names
+    return add_grain(made, translator.grain, seed=seed, numbers=numbers), names
 
 
 def read_classes(

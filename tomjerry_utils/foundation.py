@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tomjerry_utils import UserError, scenes
 from tomjerry_utils.runs import (
@@ -160,15 +160,16 @@ def _ship(
 def make_autoencoder() -> Path:
     """Train the autoencoder on zoo pictures of both styles; measure it on held-out scenes."""
     from tomjerry_utils.autoencoder import (
+        TEXTURE_WEIGHT,
         autoencoder_loss,
         decode,
+        decoder_alone,
         encode,
         fine_band_energy,
         measure_latents,
         psnr,
         tiny_autoencoder,
     )
-    from tomjerry_utils.ldm import TEXTURE_WEIGHT
 
     options = STEPS["autoencoder"]
     both = np.concatenate([pictures("natural zoo")["image"], pictures("cartoon zoo")["image"]])
@@ -195,12 +196,14 @@ def make_autoencoder() -> Path:
         )
         log(f"autoencoder {step}: {scores}")
 
-    def phase(name: str, rate: float, weights: Callable[[int], dict[str, float]]) -> TrainResult:
+    def phase(
+        name: str, module: nn.Module, rate: float, weights: Callable[[int], dict[str, float]]
+    ) -> TrainResult:
         def loss(batch: tuple[Tensor, Tensor], step: int, generator: torch.Generator) -> Any:
             return autoencoder_loss(vae, batch[0], batch[1], generator, **weights(step))
 
         result = train(
-            {"vae": vae},
+            {name: module},
             loss,
             batches,
             steps=steps[name],
@@ -217,18 +220,17 @@ def make_autoencoder() -> Path:
             describe=name,
             keep_checkpoint=True,
         )
-        apply_ema({"vae": vae}, result)
+        apply_ema({name: module}, result)
         return result
 
     first = phase(
         "autoencoder",
+        vae,
         options["learning_rate"],
         lambda step: {"kl_weight": options["kl_weights"][3 * step >= 2 * options["steps"]]},
     )
-    for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(False)
     last = {"kl_weight": 0.0, "texture_weight": TEXTURE_WEIGHT}
-    second = phase("decoder", options["learning_rate"] / 3, lambda step: last)
+    second = phase("decoder", decoder_alone(vae), options["learning_rate"] / 3, lambda step: last)
     measure_latents(vae, torch.from_numpy(both[:2000]))
     return _ship(
         "autoencoder",

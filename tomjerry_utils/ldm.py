@@ -17,12 +17,14 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tomjerry_utils import blip, collect, structure
 from tomjerry_utils.autoencoder import (
+    TEXTURE_WEIGHT,
     autoencoder_loss,
     decode,
+    decoder_alone,
     encode_all,
     factor_of,
     load_autoencoder,
@@ -59,7 +61,6 @@ from tomjerry_utils.scenes import LABELS, PARTS
 from tomjerry_utils.training import TrainResult, apply_ema, pick_device, train
 
 STAGE = "04_ldm"
-TEXTURE_WEIGHT = 0.3  # of the decoder's texture term
 TEXT_LENGTH = 20  # tokens of a caption that the denoisers attend to
 
 
@@ -334,9 +335,7 @@ def tune_autoencoder(
     if not options.autoencoder_steps:
         return
     pictures = torch.from_numpy(images)
-    learning = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    vae.requires_grad_(False).to(pick_device(profile.device))
-    learning.requires_grad_(True)
+    decoder = decoder_alone(vae.to(pick_device(profile.device)))
 
     def batches(step: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(pictures), (options.autoencoder_batch_size,), generator=generator)
@@ -348,7 +347,7 @@ def tune_autoencoder(
         )
 
     result = train(
-        {"decoder": learning},
+        {"decoder": decoder},
         loss,
         batches,
         steps=options.autoencoder_steps,
@@ -366,7 +365,7 @@ def tune_autoencoder(
         describe="04 decoder",
         keep_checkpoint=True,
     )
-    apply_ema({"decoder": learning}, result)
+    apply_ema({"decoder": decoder}, result)
 
 
 def train_denoiser(

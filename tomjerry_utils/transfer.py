@@ -268,6 +268,7 @@ def ablate(
     pictures = collect.ensure(profile)
     rows = pictures.select(domain="cartoon", split="validation", source="scenes")[:48]
     images = pictures.images(rows, profile.image_size)
+    clothes = wardrobe(before.natural)
     out = []
     for name, (attention, use_view, with_blip, source) in ABLATION.items():
         target = row_folder(folder, name)
@@ -297,7 +298,7 @@ def ablate(
                 options.sample_steps,
                 options.guidance_scale,
                 blip_variant=options.blip_variant,
-                wardrobe=wardrobe(before.natural),
+                wardrobe=clothes,
             )
             if not use_view:
                 translator = _Blind(**vars(translator))

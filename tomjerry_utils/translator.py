@@ -273,6 +273,8 @@ def load_translator(folder: Path, profile: Profile) -> Translator:
         raise UserError(f"{folder} holds no translator; `tomjerry course --only 05` makes one")
     try:
         return _load(folder, profile)
+    except torch.OutOfMemoryError:
+        raise  # the weights are whole; the command line says what to do
     except (KeyError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
