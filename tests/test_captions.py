@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -13,167 +15,57 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from caption_server import (
+    ANSWER,
+    KEY,
+    Fault,
+    Server,
+    answering,
+    bill_and_hang_up,
+    error,
+    hang_up,
+    no_json,
+    picture_of,
+    pictures,
+    serving,
+    waiting,
+    well,
+)
 from PIL import Image
 
-from tomjerry_utils import UserError, captioner, captions, collect, scenes, spending
+from tomjerry_utils import (
+    UserError,
+    caption_answers,
+    caption_requests,
+    caption_store,
+    captioner,
+    captions,
+    collect,
+    pacing,
+    scenes,
+    spending,
+)
 from tomjerry_utils.profiles import load_profile
 
-KEY = "sk-planted-0123456789abcdef"
-ANSWER = {"subjects": ["tom"], "action": "run", "place": "garden", "caption": "Tom is running."}
 FIELDS = [
     *("file_name", "sha256", "caption", "subjects", "action", "place", "model"),
     *("prompt_version", "input_tokens", "output_tokens", "usd", "request_id", "status"),
 ]
 
-Fault = Callable[[BaseHTTPRequestHandler], bool]
-
-
-class Server(ThreadingHTTPServer):
-    """Behaves like the Responses API; `faults` are played once each, first come first served."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests: list[dict[str, Any]] = []
-        self.served: list[str] = []
-        self.faults: list[Fault] = []
-        self.answer: Callable[[dict[str, Any]], Any] = lambda body: ANSWER
-        self.latency = 0.0
-        self.tokens = (400, 40)
-        self.together = self.most_together = 0
-        self.lock = threading.Lock()
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that was killed is no news."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        with self.server.lock:
-            self.server.requests.append({"path": self.path, "headers": self.headers, **body})
-            self.server.together += 1
-            self.server.most_together = max(self.server.most_together, self.server.together)
-            fault = self.server.faults.pop(0) if self.server.faults else None
-        try:
-            if fault is None or not fault(self):
-                time.sleep(self.server.latency)
-                self.respond(self.server.answer(body))
-                with self.server.lock:
-                    self.server.served.append(body["input"][0]["content"][0]["image_url"])
-        finally:
-            with self.server.lock:
-                self.server.together -= 1
-
-    def respond(self, answer: Any, **changes: Any) -> None:
-        content = {"type": "output_text", "text": json.dumps(answer), "annotations": []}
-        if isinstance(answer, str):
-            content["text"] = answer
-        if isinstance(answer, dict) and "refusal" in answer:
-            content = {"type": "refusal", "refusal": answer["refusal"]}
-        given, taken = self.server.tokens
-        self.send(
-            200,
-            {
-                "id": "resp_1",
-                "object": "response",
-                "created_at": 1,
-                "model": "gpt-4o",
-                "status": "completed",
-                "output": [
-                    {
-                        "type": "message",
-                        "id": "msg_1",
-                        "role": "assistant",
-                        "status": "completed",
-                        "content": [content],
-                    }
-                ],
-                "usage": {
-                    "input_tokens": given,
-                    "input_tokens_details": {"cached_tokens": 0},
-                    "output_tokens": taken,
-                    "output_tokens_details": {"reasoning_tokens": 0},
-                    "total_tokens": given + taken,
-                },
-                **changes,
-            },
-        )
-
-    def send(self, status: int, body: Any, **headers: str) -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.send_header("x-request-id", f"req_{len(self.server.requests)}")
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def error(status: int, message: str = "no", code: str | None = None, **headers: str) -> Fault:
-    def fault(handler: BaseHTTPRequestHandler) -> bool:
-        assert isinstance(handler, Handler)
-        body = {"error": {"message": message, "type": "error", "code": code, "param": None}}
-        handler.send(status, body, **headers)
-        return True
-
-    return fault
-
-
-def answering(answer: Any, **changes: Any) -> Fault:
-    def fault(handler: BaseHTTPRequestHandler) -> bool:
-        assert isinstance(handler, Handler)
-        handler.respond(answer, **changes)
-        return True
-
-    return fault
-
-
-def hang_up(handler: BaseHTTPRequestHandler) -> bool:
-    handler.close_connection = True
-    handler.connection.shutdown(2)
-    return True
-
-
-def no_json(handler: BaseHTTPRequestHandler) -> bool:
-    assert isinstance(handler, Handler)
-    handler.send(200, b"<html>bad gateway</html>")
-    return True
-
-
-def well(handler: BaseHTTPRequestHandler) -> bool:
-    return False
+EACH = (400 * 2.5 + 40 * 10) / 1e6  # dollars that an answer costs
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with Server() as made:
-        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving() as made:
         yield made
-        made.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -188,21 +80,51 @@ def own_runs(session_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No real waiting between attempts."""
-    monkeypatch.setattr(captioner._Run, "_back_off", lambda self, failures, pause: None)
-
-
-def pictures(folder: Path, count: int) -> Path:
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        array = rng.integers(0, 255, (24, 24, 3), np.uint8)
-        Image.fromarray(array).save(folder / f"{i:02d}.png")
-    return folder
+    monkeypatch.setattr(caption_requests.Run, "_back_off", lambda self, failures, pause: None)
 
 
 def run(server: Server, images: Path, out: Path, **changes: Any) -> captions.Captions:
     arguments = {"model": "gpt-4o", "budget": 1.0, "concurrency": 4, **changes}
     return captions.caption_folder(images, out, base_url=server.url, **arguments)
+
+
+def source(server: Server, store: Path, **changes: Any) -> captioner.OpenAISource:
+    arguments = {"model": "gpt-4o", "budget": 1.0, "concurrency": 4, **changes}
+    return captioner.OpenAISource(store, base_url=server.url, **arguments)
+
+
+def rows_of(images: Path) -> list[dict[str, Any]]:
+    return [{"file_name": path.name} for path in sorted(images.iterdir())]
+
+
+def process(server: Server, store: Path, images: Path, **changes: Any) -> subprocess.Popen[str]:
+    """The source in a process of its own, which prints each caption's file name and status."""
+    arguments = {"model": "gpt-4o", "budget": 1.0, "concurrency": 4, **changes}
+    call = (
+        "from pathlib import Path; from tomjerry_utils.captioner import OpenAISource\n"
+        f"rows = {rows_of(images)!r}\n"
+        f"source = OpenAISource(Path({str(store)!r}), base_url={server.url!r}, **{arguments!r})\n"
+        f"for row in source(rows, Path({str(images)!r})):\n"
+        "    print(row.file_name, row.status, flush=True)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", call], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def lines_of(store: Path) -> list[dict[str, Any]]:
+    """A store's whole lines; a kill may have torn some."""
+    found = []
+    for line in store.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[caption_store.Store]:
+    with contextlib.closing(caption_store.Store(path)) as store:
+        yield store
 
 
 # ---- words ---------------------------------------------------------------------------------------
@@ -405,7 +327,7 @@ def test_hopeless_pictures_are_set_aside_with_the_reason(
     server: Server, tmp_path: Path, quick: None
 ) -> None:
     images = pictures(tmp_path / "in", 6)
-    bad, _ = captioner._encode(images / "03.png")
+    bad, _ = captioner.encode(images / "03.png", 512)
 
     def answer(body: dict[str, Any]) -> Any:
         url = body["input"][0]["content"][0]["image_url"]
@@ -429,7 +351,7 @@ def test_server_that_fails_for_long_sets_aside_until_the_next_run(
     server: Server, tmp_path: Path, quick: None
 ) -> None:
     images = pictures(tmp_path / "in", 3)
-    server.faults = [well, *[error(500)] * captioner.ATTEMPTS]
+    server.faults = [well, *[error(500)] * caption_requests.ATTEMPTS]
     made = run(server, images, tmp_path / "out", concurrency=1)
     assert [(row["file_name"], row["status"]) for row in made.set_aside] == [("01.png", "failed")]
     assert len(run(server, images, tmp_path / "out").rows) == 3
@@ -441,7 +363,7 @@ def test_budget_holds_with_requests_under_way(
 ) -> None:
     images = pictures(tmp_path / "in", 30)
     server.latency = 0.01
-    each = (400 * 2.5 + 40 * 10) / 1e6
+    each = EACH
     budget = 12 * each
     with pytest.raises(UserError, match="larger --budget"):
         run(server, images, tmp_path / "out", budget=budget, concurrency=concurrency)
@@ -481,10 +403,23 @@ def test_retry_after_is_honoured_by_all(server: Server, tmp_path: Path) -> None:
     assert len(made.rows) == 6
     assert times[1] - times[0] >= 0.5
     assert time.monotonic() - begun < 5
-    assert captioner._retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
-    assert captioner._retry_after({"retry-after-ms": "1500"}) == 1.5
-    assert captioner._retry_after({"retry-after": "soon"}) is None
-    assert captioner._retry_after({}) is None
+    assert pacing.retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
+    assert pacing.retry_after({"retry-after-ms": "1500"}) == 1.5
+    assert pacing.retry_after({"retry-after": "soon"}) is None
+    assert pacing.retry_after({}) is None
+
+
+def test_waiting_when_told_to_is_no_failure(server: Server, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "in", 3)
+    refusals = 2 * caption_requests.ATTEMPTS
+    server.faults = [well, *[error(429, retry_after_ms="1")] * refusals]
+    made = run(server, images, tmp_path / "out", concurrency=1)
+    assert len(made.rows) == 3
+    assert len(server.requests) == 3 + refusals
+    # A server that is away for hours is not waited for.
+    server.faults = [error(429, retry_after="7200")]
+    with pytest.raises(UserError, match="120 minutes"):
+        run(server, images, tmp_path / "again")
 
 
 @pytest.mark.parametrize(
@@ -550,58 +485,355 @@ def test_key_reaches_no_file_and_no_output(
         error(500, f"trouble with {KEY}"),
         answering({"refusal": f"no, {KEY}"}),
         answering({"refusal": f"no, {KEY}"}),
-        answering({"refusal": f"no, {KEY}"}),
-        answering({"refusal": f"no, {KEY}"}),
+        answering({**ANSWER, "caption": f"Tom holds {KEY}."}),
+        answering(f"no JSON but {KEY}"),
     ]
     made = run(server, images, tmp_path / "out", concurrency=1)
     assert "***" in json.dumps(made.set_aside)
+    assert "Tom holds ***." in [row["caption"] for row in made.rows]
     shown = capfd.readouterr()
     assert KEY not in shown.out + shown.err
     for path in (tmp_path / "out").rglob("*"):
         assert KEY.encode() not in path.read_bytes()
 
 
+# ---- several processes, and the end of one -------------------------------------------------------
+
+
 def test_kill_loses_no_answer(server: Server, tmp_path: Path) -> None:
     images = pictures(tmp_path / "in", 40)
     server.latency = 0.03
-    out = tmp_path / "out"
-    arguments = {"base_url": server.url, "model": "gpt-4o", "budget": 1.0, "concurrency": 4}
-    call = (
-        "from pathlib import Path; from tomjerry_utils import captions; "
-        f"captions.caption_folder(Path({str(images)!r}), Path({str(out)!r}), **{arguments!r})"
-    )
-    process = subprocess.Popen([sys.executable, "-c", call], stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(server.served) < 10:
+    store = tmp_path / "store.jsonl"
+    ran = process(server, store, images)
+    while ran.poll() is None and len(server.served) < 10:
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    stored = (out / "store.jsonl").read_bytes().count(b'"answer"')
-    with (out / "store.jsonl").open("ab") as file:
+    os.kill(ran.pid, signal.SIGKILL)
+    ran.communicate()
+    assert ran.returncode == -signal.SIGKILL
+    stored = store.read_bytes().count(b'"answer"')
+    with store.open("ab") as file:
         file.write(b'{"event": "answer", "id": "torn')
     time.sleep(0.1)
     before = len(server.requests)
-    made = run(server, images, out)
-    assert len(made.rows) == 40
+    made = list(source(server, store)(rows_of(images), images))
+    assert {row.status for row in made} == {"ok"}
     assert len(server.requests) - before == 40 - stored
     # At most the requests under way at the kill were sent a second time.
-    assert len(server.requests) - 40 <= 4
-    store = spending.Store(out / "store.jsonl")
-    assert len(server.requests) - 40 <= len(store.possibly_paid) <= 4
-    assert store.booked >= made.usd
-    store.close()
+    lost = caption_store.possibly_paid(store)
+    assert len(server.requests) - 40 <= len(lost) <= 4
+    assert {row["reason"] for row in lost} == {"killed"}
+    assert {row["sha256"] for row in lost} <= {row.sha256 for row in made}
+    with opened(store) as book:
+        assert book.booked >= sum(row.usd for row in made) - 1e-6
+        assert book.booked == pytest.approx(40 * EACH + sum(row["usd"] for row in lost))
 
 
-def test_two_processes_do_not_share_a_store(server: Server, tmp_path: Path) -> None:
-    from filelock import FileLock
+def test_ten_kills_at_random_moments(server: Server, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "in", 100)
+    server.latency = 0.02
+    store = tmp_path / "store.jsonl"
+    moments = random.Random(3)
+    for _ in range(10):
+        goal = len(server.requests) + moments.randint(1, 8)
+        ran = process(server, store, images)
+        while ran.poll() is None and len(server.requests) < goal:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0.0, 0.02))
+        ran.kill()
+        ran.communicate()
+        assert ran.returncode == -signal.SIGKILL
+    time.sleep(0.1)
+    kept = [line for line in lines_of(store) if line["event"] == "answer"]
+    known = {line["key"] for line in kept}
+    assert len(known) == len(kept) < 100
+    before = len(server.requests)
+    asks = source(server, store)
+    made = list(asks(rows_of(images), images))
+    assert {row.status for row in made} == {"ok"}
+    assert len(made) == 100
+    # No answer that reached this machine was asked for again.
+    assert len(server.requests) - before == 100 - len(known)
+    urls = {captioner.encode(images / row.file_name, 512)[0]: row.sha256 for row in made}
+    again = {urls[url]: count - 1 for url, count in server.asked().items() if count > 1}
+    lost = Counter(row["sha256"] for row in caption_store.possibly_paid(store))
+    assert sum(again.values()) <= lost.total()
+    # No kill can cost more than what was under way.
+    sent = {line["id"]: line["run"] for line in lines_of(store) if line["event"] == "sent"}
+    ended = {line["id"] for line in lines_of(store) if line["event"] != "sent"}
+    cut = Counter(run for name, run in sent.items() if name not in ended)
+    assert cut.total() == lost.total() > 0
+    assert max(cut.values()) <= 4
+    assert all(count <= lost[sha256] for sha256, count in again.items())
+    assert server.spent <= sum(row.usd for row in made) + 1e-9
+    assert not list(tmp_path.glob(".store*.lock"))  # locks of the dead were swept up
 
-    images = pictures(tmp_path / "in", 1)
-    (tmp_path / "out").mkdir()
-    with (
-        FileLock(tmp_path / "out" / ".lock"),
-        pytest.raises(UserError, match="another process"),
+
+def test_two_processes_share_a_store(server: Server, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "in", 60)
+    server.latency = 0.02
+    store = tmp_path / "store.jsonl"
+    pair = [process(server, store, images) for _ in range(2)]
+    for ran in pair:
+        out, _ = ran.communicate(timeout=60)
+        assert ran.returncode == 0
+        assert sorted(out.splitlines()) == [f"{i:02d}.png ok" for i in range(60)]
+    assert set(server.asked().values()) == {1}
+    assert len(server.requests) == 60
+    assert caption_store.possibly_paid(store) == []
+    # Both took part.
+    assert len({line["run"] for line in lines_of(store) if line["event"] == "sent"}) == 2
+
+
+def test_two_processes_share_a_budget(server: Server, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "in", 60)
+    server.latency = 0.01
+    store = tmp_path / "store.jsonl"
+    budget = 20 * EACH
+    pair = [process(server, store, images, budget=budget) for _ in range(2)]
+    for ran in pair:
+        _, told = ran.communicate(timeout=60)
+        assert ran.returncode != 0
+        assert "larger --budget" in told
+    assert 0.5 * budget < server.spent <= budget
+
+
+def test_what_another_process_has_under_way_is_waited_for(server: Server, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "in", 2)
+    store = tmp_path / "store.jsonl"
+    asks = source(server, store)
+    with opened(store) as other:
+        sha256 = captions.hash_file(images / "00.png")
+        key = asks.key_of(sha256)
+        name = other.begin(key, 0.1, 1.0, sha256=sha256)
+        got = asks(rows_of(images), images)
+        assert next(got).file_name == "01.png"
+        assert caption_store.possibly_paid(store) == []
+        answer = {"status": "ok", **ANSWER, "model": "gpt-4o", "usd": 0.01}
+        timer = threading.Timer(0.3, other.end, (name, "answer"), {"key": key, **answer})
+        timer.start()
+        (last,) = got
+        timer.join()
+    assert (last.file_name, last.status, last.usd) == ("00.png", "ok", 0.01)
+    assert len(server.requests) == 1
+
+
+def test_store_reads_what_others_append(tmp_path: Path) -> None:
+    path = tmp_path / "store.jsonl"
+    with opened(path) as one, opened(path) as two:
+        name = one.begin("k", 0.4, 1.0, sha256="s")
+        with pytest.raises(caption_store.Taken):
+            two.begin("k", 0.4, 1.0, sha256="s")
+        with pytest.raises(caption_store.NoBudget):
+            two.begin("other", 0.7, 1.0, sha256="t")
+        assert two.held("k") == "process"
+        one.end(name, "failed", key="k", usd=0.4, reason="silent", why="timeout")
+        two.begin("other", 0.6, 1.0, sha256="t")
+        assert two.booked == pytest.approx(1.0)
+        (lost,) = two.possibly_paid()
+        assert (lost["sha256"], lost["usd"], lost["reason"]) == ("s", 0.4, "timeout")
+    # Its process is gone, the request never ended: it counts, and may be sent once more.
+    with opened(path) as three:
+        assert [row["reason"] for row in three.possibly_paid()] == ["timeout", "killed"]
+        assert three.held("other") == ""
+        assert three.booked == pytest.approx(1.0)
+        with pytest.raises(caption_store.NoBudget):
+            three.begin("other", 0.01, 1.0, sha256="t")
+
+
+def test_a_tenth_of_the_budget_holds_through_faults(
+    server: Server, tmp_path: Path, quick: None
+) -> None:
+    images = pictures(tmp_path / "in", 60)
+    server.faults = [
+        well,
+        *[bill_and_hang_up, error(500), answering("no json"), waiting(0.3), well] * 4,
+    ]
+    need, store = 60 * EACH, tmp_path / "store.jsonl"
+    asks = source(server, store, budget=0.1 * need + 0.01, timeout=0.15, concurrency=3)
+    got = []
+    with pytest.raises(UserError, match="larger --budget"):
+        got.extend(asks(rows_of(images), images))
+    assert server.spent <= asks.budget
+    with opened(store) as book:
+        assert server.spent <= book.booked <= asks.budget
+    time.sleep(0.3)
+    made = list(source(server, store)(rows_of(images), images))
+    assert {row.status for row in made} == {"ok"}
+    reasons = {row["reason"] for row in caption_store.possibly_paid(store)}
+    assert reasons <= {"cut", "timeout"}
+    assert "cut" in reasons
+
+
+# ---- limits --------------------------------------------------------------------------------------
+
+
+def test_durations_of_the_headers() -> None:
+    for text, seconds in (
+        *(("1s", 1.0), ("6m0s", 360.0), ("20ms", 0.02), ("1m2.5s", 62.5), ("1h0m1s", 3601.0)),
+        *(("0", 0.0), ("12", 12.0), ("1d2h", 93600.0)),
     ):
-        run(server, images, tmp_path / "out")
-    assert server.requests == []
+        assert pacing.duration(text) == pytest.approx(seconds)
+    for text in ("", "soon", "1 s", "5x", "s", "-1"):
+        assert pacing.duration(text) is None
+
+
+def test_server_limit_is_kept(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pictures(tmp_path / "in", 32)
+    server.limit, server.window = 10, 1.0
+    monkeypatch.setattr(pacing, "WINDOW", 1.0)
+    begun = time.monotonic()
+    made = list(source(server, tmp_path / "s.jsonl", concurrency=8)(rows_of(images), images))
+    assert {row.status for row in made} == {"ok"}
+    assert server.violations == 0
+    assert server.most_in_window <= 10
+    assert time.monotonic() - begun >= 3.0
+    # The control: a client that takes no notice of the headers goes over the limit.
+    monkeypatch.setattr(pacing._Limit, "learn", lambda *_: None)
+    store = tmp_path / "careless.jsonl"
+    list(source(server, store, concurrency=8)(rows_of(images), images))
+    assert server.violations > 0
+
+
+def test_what_others_use_of_a_limit_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pacing, "WINDOW", 0.4)
+    pacer = pacing.Pacer(threading.Event())
+
+    def told(left: int, reset: str) -> dict[str, str]:
+        kind = "x-ratelimit-{}-tokens"
+        values = {"limit": "100", "remaining": str(left), "reset": reset}
+        return {kind.format(name): value for name, value in values.items()}
+
+    ticket = pacer.start(30)
+    assert ticket is not None
+    begun = time.monotonic()
+    pacer.finish(ticket, told(40, "200ms"))
+    assert pacer.start(40) is not None  # beside 30 of our own and 30 of others'
+    second = pacer.start(30)
+    assert second is not None
+    assert time.monotonic() - begun >= 0.2
+    pacer.cancel(second)
+    azure = dict.fromkeys(told(0, "0"), "-1")
+    pacer.finish(ticket + 1, azure)
+    assert pacer.start(30) is not None
+
+
+# ---- other servers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("missing", "api"),
+    [
+        (set(), "responses"),
+        ({"responses"}, "chat_schema"),
+        ({"responses", "json_schema"}, "chat_json"),
+        ({"json_schema"}, "chat_json"),
+        ({"responses", "json_schema", "json_object"}, "chat_text"),
+    ],
+)
+def test_servers_that_know_less(
+    server: Server, tmp_path: Path, missing: set[str], api: str
+) -> None:
+    images = pictures(tmp_path / "in", 6)
+    server.lacks = missing
+    store = tmp_path / "s.jsonl"
+    made = list(source(server, store)(rows_of(images), images))
+    assert {(row.status, row.api, row.caption) for row in made} == {("ok", api, ANSWER["caption"])}
+    assert {row.input_tokens for row in made} == {server.tokens[0]}
+    # Each step down was taken once, by the first request alone.
+    steps = caption_answers.APIS.index(api)
+    assert len(server.requests) == 6 + steps
+    with opened(store) as book:
+        assert book.booked == pytest.approx(6 * EACH)
+    # The form is no part of the key: another server's answers count.
+    server.lacks = set()
+    again = list(source(server, store)(rows_of(images), images))
+    assert again == sorted(made, key=lambda row: row.file_name)
+
+
+def test_no_server_under_the_path_is_told(server: Server, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "in", 3)
+    server.faults = [error(404, "Not Found")] * 2
+    with pytest.raises(UserError, match=r"HTTP 404.*Not Found"):
+        list(source(server, tmp_path / "s.jsonl")(rows_of(images), images))
+    assert [r["path"] for r in server.requests] == ["/v1/responses", "/v1/chat/completions"]
+
+
+def test_answers_without_a_count_are_booked_at_their_worst(server: Server, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "in", 3)
+    server.lacks = {"responses", "usage"}
+    made = list(source(server, tmp_path / "s.jsonl", concurrency=1)(rows_of(images), images))
+    worst = captioner.request_tokens(
+        24, 24, prompt_version="v1", price=spending.PRICES["gpt-4o"], detail="auto"
+    )
+    usd = spending.PRICES["gpt-4o"].usd(worst, 300)
+    assert [row.usd for row in made] == [pytest.approx(usd)] * 3
+
+
+def test_one_may_begin_further_down(server: Server, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "in", 2)
+    asks = source(server, tmp_path / "s.jsonl", api="chat_text", detail="high")
+    assert {row.api for row in asks(rows_of(images), images)} == {"chat_text"}
+    assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
+    (part,) = [p for p in server.requests[0]["messages"][0]["content"] if p["type"] != "text"]
+    assert part["image_url"]["detail"] == "high"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Tom is running.", "1 lines"),
+        ("subjects: tom\naction: run\nplace: garden", "3 lines"),
+        ("subjects: tom\naction: run\nplace: garden\ncaption: Tom.\nGlad to help!", "5 lines"),
+        ("subjects: tom\nplace: garden\naction: run\ncaption: Tom runs.", "'action: …'"),
+        ("Subjects: tom\naction: run\nplace: garden\ncaption: Tom runs.", "'subjects: …'"),
+        ("subjects: tom\naction:\nplace: garden\ncaption: Tom runs.", "'action: …'"),
+        ("subjects: dog\naction: run\nplace: garden\ncaption: A dog runs.", "'dog' is none"),
+        ("subjects: tom,\naction: run\nplace: garden\ncaption: Tom runs.", "'' is none"),
+    ],
+)
+def test_plain_text_is_refused_rather_than_guessed(text: str, told: str) -> None:
+    good = "subjects: tom, jerry\naction: run\nplace: garden\ncaption: Tom: he runs.\n"
+    found = caption_answers.parse_lines(good)
+    assert found["subjects"] == ["tom", "jerry"]
+    assert found["caption"] == "Tom: he runs."
+    with pytest.raises(ValueError, match=told):
+        caption_answers.parse_lines(text)
+
+
+def test_bad_plain_text_is_set_aside(server: Server, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "in", 2)
+    answers = iter(["chatter"] * caption_answers.ANSWERS)
+    server.answer = lambda body: next(answers, ANSWER)
+    asks = source(server, tmp_path / "s.jsonl", api="chat_text", concurrency=1)
+    made = list(asks(rows_of(images), images))
+    assert [row.status for row in made] == ["invalid", "ok"]
+    assert "1 lines where 4" in made[0].reason
+
+
+def test_a_model_that_is_not_there_is_no_missing_form() -> None:
+    lacks = caption_answers.lacks
+    assert lacks("responses", 404, "404 page not found", "")
+    assert lacks("responses", 405, "Method Not Allowed", "")
+    assert not lacks("responses", 404, "The model `x` does not exist", "model_not_found")
+    assert not lacks("chat_schema", 404, "Not Found", "")
+    assert lacks("chat_schema", 400, "response_format: unknown type", "")
+    assert not lacks("chat_schema", 400, "image too large", "")
+    assert not lacks("chat_text", 400, "response_format", "")
+    assert not lacks("responses", 500, "json_schema", "")
+
+
+def test_longest_side_is_part_of_the_question(server: Server, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "in", 1, size=200)
+    store = tmp_path / "s.jsonl"
+    for side, size in ((64, (64, 64)), (512, (200, 200))):
+        list(source(server, store, longest_side=side)(rows_of(images), images))
+        data = picture_of(server.requests[-1]).partition(";base64,")[2]
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == size
+    assert len(server.requests) == 2
+    with pytest.raises(UserError, match="longest_side"):
+        list(source(server, store, longest_side=4)(rows_of(images), images))
 
 
 # ---- prices --------------------------------------------------------------------------------------

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from caption_server import KEY, Server, pictures, serving
 from PIL import Image
 
 from tomjerry_utils import UserError, __version__, cli, draw, scenes
@@ -23,6 +28,7 @@ COMMANDS = (
     "doctor", "course", "collect", "caption", "translate", "evaluate", "export", "figures",
     "scenes", "foundation", "study",
 )  # fmt: skip
+CAPTION_COMMANDS = ("estimate", "run", "batch", "review", "import")
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, list[str]]:
@@ -57,9 +63,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(re.search(rf"^    {name}\b", told, re.MULTILINE) for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, *(f"caption {name}" for name in CAPTION_COMMANDS)])
 def test_help_shows_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    told = _help(capsys, name)
+    told = _help(capsys, *name.split())
     examples = re.findall(rf"^  tomjerry ({name}\b.*)$", told, re.MULTILINE)
     assert examples
     for example in examples:
@@ -112,6 +118,17 @@ def _script() -> str:
          "--budget"),
         (["caption", "run", "--images", "x", "--model", "m", "--budget", "1", "--price", "4",
           "--out", "y"], "IN,OUT"),
+        (["caption"], "COMMAND"),
+        (["caption", "buy"], "'buy'"),
+        (["caption", "run", "--images", "x", "--model", "m", "--out", "y"], "--budget"),
+        (["caption", "run", "--images", "x", "--model", "m", "--budget", "1", "--out", "y",
+          "--longest-side", "0"], "--longest-side"),
+        (["caption", "estimate", "--images", "/no/such", "--model", "gpt-4o"], "no folder /no"),
+        (["caption", "estimate", "--images", ".", "--model", "llava"], "--price IN,OUT"),
+        (["caption", "batch", "--images", "x", "--model", "m", "--budget", "1", "--out", "y",
+          "--poll", "0"], "--poll"),
+        (["caption", "review", "--images", "x", "--out", "y"], "no captions in y"),
+        (["caption", "import", "b.csv", "--images", ".", "--out", "y"], "--model"),
         (["collect", "--out", "x"], "nothing to collect"),
         (["collect", "--folder", "/no/such/folder", "--out", "x"], "/no/such/folder"),
         (["collect", "--folder", ".", "--every", "0", "--out", "x"], "--every"),
@@ -282,6 +299,120 @@ def test_scenes_without_truth_and_again(capsys: pytest.CaptureFixture[str], tmp_
     assert sorted(first) == ["0.png", "1.png", "metadata.jsonl"]
     assert _run(capsys, *arguments)[0] == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+# ---- caption -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving() as made:
+        yield made
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_caption_from_estimate_to_review(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, server: Server
+) -> None:
+    images, out = pictures(tmp_path / "in", 3), tmp_path / "out"
+    asked = ["--images", images, "--model", "gpt-4o"]
+    code, told, _ = _run(capsys, "caption", "estimate", *asked, "--out", out)
+    assert code == 0
+    assert "3: 3 to ask about, 0 answered before" in told
+    assert not out.exists()
+    paid = [*asked, "--base-url", server.url, "--budget", 1, "--concurrency", 2, "--out", out]
+    code, told, _ = _run(capsys, "caption", "run", *paid)
+    assert (code, len(server.requests)) == (0, 3)
+    assert f"3 captions, 0 set aside, 0.0042 USD: {out / 'captions.jsonl'}" in told
+    assert "0 to ask about, 3 answered" in _run(
+        capsys, "caption", "estimate", *asked, "--out", out)[1]  # fmt: skip
+    assert "--images" in _mistake(capsys, "caption", "review", "--out", out)
+    code, told, _ = _run(capsys, "caption", "review", "--out", out, "--images", images)
+    assert code == 0
+    assert str(out / "review.html") in told
+    rows = _rows(out / "captions.jsonl")
+    decided = [
+        {**{key: rows[0][key] for key in ("file_name", "sha256")}, "decision": "reject"},
+        {"file_name": "99.png", "sha256": "0", "decision": "accept"},
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in decided))
+    review = ["caption", "review", "--out", out, "--decisions", tmp_path / "d.jsonl"]
+    code, told, _ = _run(capsys, *review)
+    assert code == 0
+    assert "skipped: 99.png: there is no caption of it" in told
+    assert "2 captions, 1 set aside, 1 decisions skipped" in told
+    (tmp_path / "d.jsonl").write_text("{")
+    assert "d.jsonl, line 1: not valid JSON" in _mistake(capsys, *review)
+    code, told, _ = _run(capsys, "caption", "run", *paid)
+    assert "2 captions, 1 set aside" in told
+    assert len(server.requests) == 3
+
+
+def test_caption_settings_reach_the_request(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, server: Server
+) -> None:
+    images = pictures(tmp_path / "in", 1, size=200)
+    code, _, _ = _run(
+        capsys, "caption", "run", "--images", images, "--model", "mine", "--price", "1,2",
+        "--detail", "low", "--longest-side", 48, "--timeout", 20, "--prompt-version", "v1",
+        "--budget", 1, "--base-url", server.url, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0
+    part = server.requests[0]["input"][0]["content"][0]
+    assert part["detail"] == "low"
+    data = base64.b64decode(part["image_url"].partition(";base64,")[2])
+    assert Image.open(io.BytesIO(data)).size == (48, 48)
+    (row,) = _rows(tmp_path / "out" / "captions.jsonl")
+    assert row["usd"] == pytest.approx((400 * 1 + 40 * 2) / 1e6)
+
+
+def test_caption_batch_returns_and_comes_back(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, server: Server
+) -> None:
+    images, out = pictures(tmp_path / "in", 3), tmp_path / "out"
+    server.polls = 2
+    arguments = [
+        "caption", "batch", "--images", images, "--model", "gpt-4o", "--budget", 1, "--out", out,
+        "--base-url", server.url, "--poll", 0.02,
+    ]  # fmt: skip
+    code, told, _ = _run(capsys, *arguments, "--no-wait")
+    assert code == 0
+    assert "0 captions, 3 in batches, 0 set aside" in told
+    assert {row["status"] for row in _rows(out / "set_aside.jsonl")} == {"pending"}
+    # Another machine collects with the folder alone.
+    shutil.move(out, tmp_path / "far")
+    shutil.rmtree(images)
+    arguments[arguments.index(out)] = tmp_path / "far"
+    code, told, _ = _run(capsys, *arguments)
+    assert code == 0
+    assert "3 captions, 0 set aside, 0.0021 USD" in told
+    assert [row["file_name"] for row in _rows(tmp_path / "far" / "captions.jsonl")] == [
+        "00.png",
+        "01.png",
+        "02.png",
+    ]
+
+
+def test_caption_import(capsys: pytest.CaptureFixture[str], tmp_path: Path, server: Server) -> None:
+    images, out = pictures(tmp_path / "in", 2), tmp_path / "out"
+    file = tmp_path / "bought.csv"
+    file.write_text("file_name,caption,usd\n00.png,tom sits,0.25\nfar.png,x x,\n")
+    arguments = ["--images", images, "--model", "gpt-4o", "--out", out]
+    code, told, _ = _run(capsys, "caption", "import", file, *arguments)
+    assert code == 0
+    assert "line 3: far.png: no such picture" in told
+    assert "1 captions imported, 0 known before, 1 lines skipped, 0.2500 USD paid elsew" in told
+    file.write_text("file_name,caption\n00.png,tom, sits\n")
+    assert "line 2" in _mistake(capsys, "caption", "import", file, *arguments)
+    code, told, _ = _run(
+        capsys, "caption", "run", *arguments, "--base-url", server.url, "--budget", 1
+    )
+    assert "2 captions, 0 set aside" in told
+    assert len(server.requests) == 1
 
 
 # ---- doctor ------------------------------------------------------------------------------------

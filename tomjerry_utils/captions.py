@@ -14,60 +14,50 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tomjerry_utils import UserError, collect
+from tomjerry_utils.caption_answers import LONGEST_SIDE, Api
+from tomjerry_utils.caption_files import (
+    CAPTIONS,
+    REVIEW,
+    SET_ASIDE,
+    SPECIES,
+    STORE,
+    Captions,
+    answers_in,
+    read_captions,
+    rows_in,
+    write_answers,
+    write_captions,
+)
+from tomjerry_utils.caption_files import apply_decisions as apply_decisions
+from tomjerry_utils.caption_files import mapped_species as mapped_species
+from tomjerry_utils.caption_files import review_page as review_page
+from tomjerry_utils.caption_files import to_target as to_target
+from tomjerry_utils.caption_import import Imported, import_answers
 from tomjerry_utils.captioner import Caption, CaptionSource, OpenAISource
 from tomjerry_utils.images import list_images
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import (
     Stage,
     hash_file,
+    hash_obj,
     log,
     open_stage,
     read_jsonl,
     run_root,
     write_json,
-    write_jsonl,
 )
 from tomjerry_utils.spending import Detail
 
 NAME = "02_captions"
-VERSION = 1
-CAPTIONS = "captions.jsonl"
-SET_ASIDE = "set_aside.jsonl"
+VERSION = 2
 SAMPLE = "sample.json"
-STORE = "store.jsonl"
 BUDGET_VARIABLE = "TOMJERRY_CAPTION_BUDGET"
 OPENAI = "https://api.openai.com/v1"
-REPLAYED = "scene grammar"  # what recorded captions say in place of a model's name
-
-_SPECIES = {"tom": "cat", "jerry": "mouse"}
-
-
-@dataclass(frozen=True)
-class Captions:
-    """The captions of a run.
-
-    Attributes:
-        folder: holds `captions.jsonl`, `set_aside.jsonl` and `sample.json`.
-        rows: `file_name`, `sha256`, `caption`, `subjects`, `action`, `place`, `model`,
-            `prompt_version`, `input_tokens`, `output_tokens`, `usd`, `request_id`, `status`;
-            beside them `target` (the caption in the words of the target domain) and `mapped` (the
-            species that were exchanged for it, such as "tom -> cat").
-        set_aside: `file_name`, `status`, `reason` of pictures without a caption.
-    """
-
-    folder: Path
-    rows: list[dict[str, Any]] = field(repr=False)
-    set_aside: list[dict[str, Any]] = field(repr=False)
-
-    @property
-    def usd(self) -> float:
-        """What these captions cost."""
-        return sum(row["usd"] for row in self.rows)
+REPLAYED = "scene grammar"  # what recorded captions of scenes say in place of a model's name
 
 
 def ensure(profile: Profile) -> Captions:
@@ -75,17 +65,39 @@ def ensure(profile: Profile) -> Captions:
 
     With the source "openai" the key comes from `OPENAI_API_KEY`, the server from
     `OPENAI_BASE_URL`, and nothing is sent before `TOMJERRY_CAPTION_BUDGET` names the dollars that
-    may be spent. Answers are kept beside the runs, so that no change of settings loses them.
+    may be spent. Answers are kept in `caption_store` beside the runs, so that no change of settings
+    loses them; where all that is wanted is in there, neither key nor budget is needed. The source
+    "replay" takes such answers of `captions.model` too, and for pictures without one the scene's
+    own words. A review in `review_path` is applied.
 
     Raises:
-        UserError: no recorded captions for these pictures, no budget, or the source stops.
+        UserError: no recorded captions for these pictures, no budget, the source stops, or the file
+            of a review is broken.
     """
     pictures = collect.ensure(profile)
-    stage = open_stage(profile, NAME, profile.captions, {"collect": pictures.key}, VERSION)
+    settings = profile.captions.model_dump(mode="json", exclude={"concurrency"})
+    inputs = {"collect": pictures.key}
+    if review_path(profile).is_file():
+        inputs["review"] = hash_file(review_path(profile))
+    pool = pictures.select(split="train")
+    recorded = answers_in(_source(profile), pool, pictures.folder)
+    if profile.captions.source == "replay" and recorded:
+        inputs["recorded"] = hash_obj({n: [c.caption, c.sha256] for n, c in recorded.items()})
+    stage = open_stage(profile, NAME, settings, inputs, VERSION)
     with stage.lock():
         if not stage.finished:
-            _make(stage, profile, pictures)
-    return _read(stage.folder)
+            _make(stage, profile, pictures, pool, recorded)
+    return read_captions(stage.folder)
+
+
+def review_path(profile: Profile) -> Path:
+    """Where decisions about a run's captions are kept: outside of the stage that they change."""
+    return run_root(profile) / REVIEW
+
+
+def store_path(profile: Profile) -> Path:
+    """Where answers that were paid for or imported are kept, for all runs."""
+    return run_root(profile).parent / "caption_store" / STORE
 
 
 def caption_folder(
@@ -99,24 +111,19 @@ def caption_folder(
     prompt_version: str = "v1",
     price: tuple[float, float] | None = None,
     detail: Detail = "auto",
+    longest_side: int = LONGEST_SIDE,
     timeout: float = 60.0,
+    api: Api | Literal["auto"] = "auto",
 ) -> Captions:
     """`tomjerry caption run`: caption all pictures of a folder, never above the budget.
 
     Answers are kept in `out/store.jsonl`; another run into the same folder goes on where this one
-    stopped, and its budget counts what was spent before.
+    stopped, also while this one runs, and the budget counts what was spent by all.
 
     Raises:
         UserError: no pictures, no key, an unknown price, a server that is not there, or the budget
             is spent; what has arrived is written first.
     """
-    from filelock import FileLock, Timeout
-
-    paths = list_images(images)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: give a folder to write to")
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [{"file_name": path.relative_to(images).as_posix()} for path in paths]
     source = OpenAISource(
         out / STORE,
         model,
@@ -127,34 +134,100 @@ def caption_folder(
         price=price,
         detail=detail,
         timeout=timeout,
+        longest_side=longest_side,
+        api=api,
     )
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            return write_captions(source, rows, images, out)
-    except Timeout:
-        raise UserError(f"another process is captioning into {out}: wait, or end it") from None
+    return write_captions(source, _rows_of(images, out), images, out, paid=source)
 
 
-def write_captions(
-    source: CaptionSource, rows: Sequence[dict[str, Any]], images: Path, out: Path
+def batch_folder(
+    images: Path,
+    out: Path,
+    *,
+    base_url: str,
+    model: str,
+    budget: float,
+    concurrency: int = 8,
+    prompt_version: str = "v1",
+    price: tuple[float, float] | None = None,
+    detail: Detail = "auto",
+    longest_side: int = LONGEST_SIDE,
+    timeout: float = 60.0,
+    wait: bool = True,
+    poll: float = 30.0,
 ) -> Captions:
-    """Run a source and write `captions.jsonl` and `set_aside.jsonl`, in the order of `rows`.
+    """`tomjerry caption batch`: as `caption_folder`, by the batch interface at half the price.
 
-    Both are written even when the source stops early; the error goes on after that.
+    Args:
+        images: need not be there to collect what another machine handed in; `out` knows the rest.
+        wait: until all batches have ended; else hand in, take what is ready, and return: what is
+            still in a batch is set aside as "pending", and the next call takes it.
+        poll: seconds between looks at the batches.
+
+    Raises:
+        UserError: as `caption_folder`.
     """
-    from tomjerry_utils.progress import progress
+    from tomjerry_utils.caption_batches import run_batches
 
-    got: dict[str, Caption] = {}
-    try:
-        with progress(len(rows), "captions", unit="picture") as bar:
-            for caption in source(rows, images):
-                got[caption.file_name] = caption
-                bar.update()
-    finally:
-        # A source that refused to start must not wipe what an earlier run wrote.
-        if got:
-            _write([got[row["file_name"]] for row in rows if row["file_name"] in got], out)
-    return _read(out)
+    source = OpenAISource(
+        out / STORE,
+        model,
+        base_url,
+        budget,
+        concurrency=concurrency,
+        prompt_version=prompt_version,
+        price=price,
+        detail=detail,
+        timeout=timeout,
+        longest_side=longest_side,
+    )
+
+    def batches(rows: Sequence[dict[str, Any]], images: Path) -> Iterator[Caption]:
+        left = {row["file_name"] for row in rows}
+        for caption in run_batches(source, rows, images, out, wait=wait, poll=poll):
+            left.discard(caption.file_name)
+            yield caption
+        for name in sorted(left):
+            yield Caption(name, "", status="pending", reason="in a batch: run this again")
+
+    rows = rows_in(out) if not images.is_dir() else []
+    return write_captions(batches, rows or _rows_of(images, out), images, out, paid=source)
+
+
+def import_folder(
+    file: Path,
+    images: Path,
+    out: Path,
+    *,
+    model: str,
+    prompt_version: str = "v1",
+    detail: Detail = "auto",
+    longest_side: int = LONGEST_SIDE,
+) -> Imported:
+    """`tomjerry caption import`: take captions bought or written elsewhere into `out/store.jsonl`.
+
+    `out/captions.jsonl` follows, unless it holds captions of another model.
+
+    Raises:
+        UserError: a broken file, or one that is about none of the pictures; nothing is written.
+    """
+    rows = _rows_of(images, out)
+    source = OpenAISource(
+        out / STORE,
+        model,
+        OPENAI,
+        0.0,
+        prompt_version=prompt_version,
+        detail=detail,
+        longest_side=longest_side,
+    )
+    found = import_answers(file, images, source)
+    others = read_jsonl(out / CAPTIONS) if (out / CAPTIONS).is_file() else []
+    if any((row["model"], row["prompt_version"]) != (model, prompt_version) for row in others):
+        log(f"captions: {out / CAPTIONS} holds captions of another model and stays as it is")
+    else:
+        write_answers(rows, images, out, source)
+    return found
 
 
 def replay(rows: Sequence[dict[str, Any]], images: Path) -> Iterator[Caption]:
@@ -170,7 +243,7 @@ def replay(rows: Sequence[dict[str, Any]], images: Path) -> Iterator[Caption]:
             yield Caption(row["file_name"], sha256, status="invalid", reason=reason)
             continue
         names = {"tom": ("tom",), "jerry": ("jerry",), "both": ("tom", "jerry")}[row["class"]]
-        subjects = names if row["domain"] == "cartoon" else tuple(_SPECIES[n] for n in names)
+        subjects = names if row["domain"] == "cartoon" else tuple(SPECIES[n] for n in names)
         yield Caption(
             row["file_name"],
             sha256,
@@ -181,33 +254,6 @@ def replay(rows: Sequence[dict[str, Any]], images: Path) -> Iterator[Caption]:
             model=REPLAYED,
             prompt_version="none",
         )
-
-
-def to_target(caption: str) -> str:
-    """The caption in the words of the target domain: tom becomes a cat, jerry a mouse.
-
-    "tom and jerry are running" → "a cat and a mouse are running". A second mention takes "the".
-    Captions of photographs come back unchanged.
-    """
-    met: set[str] = set()
-
-    def species(found: re.Match[str]) -> str:
-        name = found["name"].lower()
-        article = "the" if name in met else "a"
-        met.add(name)
-        # A name opens a sentence with a capital; elsewhere it had one as a name only.
-        opens = found["name"][0].isupper() and re.search(
-            r"(^|[.!?]\s*)$", found.string[: found.start()]
-        )
-        return f"{article.capitalize() if opens else article} {_SPECIES[name]}"
-
-    return re.sub(r"\b(?P<name>tom|jerry)\b", species, caption, flags=re.IGNORECASE)
-
-
-def mapped_species(caption: str) -> list[str]:
-    """Which exchanges `to_target` makes in a caption, such as ["tom -> cat"]."""
-    words = set(re.findall(r"\b(?:tom|jerry)\b", caption.lower()))
-    return [f"{name} -> {species}" for name, species in _SPECIES.items() if name in words]
 
 
 def sample(rows: Sequence[dict[str, Any]], count: int, *, seed: int) -> list[dict[str, Any]]:
@@ -255,15 +301,23 @@ def statistics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 # ---- helpers -------------------------------------------------------------------------------------
 
 
-def _make(stage: Stage, profile: Profile, pictures: collect.Collection) -> None:
+def _make(
+    stage: Stage,
+    profile: Profile,
+    pictures: collect.Collection,
+    pool: list[dict[str, Any]],
+    recorded: dict[str, Caption],
+) -> None:
     settings = profile.captions
-    pool = pictures.select(split="train")
-    if settings.source == "replay":
-        pool = [row for row in pool if row["text"]]
+    replayed = settings.source == "replay"
+    if replayed:
+        recorded = {name: caption for name, caption in recorded.items() if caption.status == "ok"}
+        pool = [row for row in pool if row["text"] or row["file_name"] in recorded]
     if not pool:
         raise UserError(
-            f"{pictures.folder}: no training pictures with a recorded caption: set captions.source "
-            "to openai, or collect scenes"
+            f"{pictures.folder}: no training pictures with a recorded caption: take some in with "
+            f"'tomjerry caption import FILE --images {pictures.folder} --model {settings.model} "
+            f"--out {store_path(profile).parent}', set captions.source to openai, or collect scenes"
         )
     chosen = sample(pool, settings.count, seed=profile.seed)
     if len(chosen) < settings.count:
@@ -275,17 +329,32 @@ def _make(stage: Stage, profile: Profile, pictures: collect.Collection) -> None:
         stage.folder / SAMPLE,
         {"seed": profile.seed, "wanted": settings.count, "from": len(pool), "file_names": names},
     )
-    source: CaptionSource = replay if settings.source == "replay" else _paid(profile)
-    log(f"{NAME}: {len(chosen)} captions from {_name_of(settings.source, settings.model)}")
-    done = write_captions(source, chosen, pictures.folder, stage.folder)
+
+    def remembered(rows: Sequence[dict[str, Any]], images: Path) -> Iterator[Caption]:
+        for row in rows:
+            if row["file_name"] in recorded:
+                yield recorded[row["file_name"]]
+            else:
+                yield from replay([row], images)
+
+    source: CaptionSource = remembered
+    paid = None
+    known = sum(name in recorded for name in names)
+    if not replayed and known < len(names):
+        source = paid = _paid(profile)
+        log(f"{NAME}: {len(chosen)} captions from {settings.model}")
+    else:
+        log(
+            f"{NAME}: {known} recorded captions by {settings.model}, "
+            f"{len(chosen) - known} by the {REPLAYED}"
+        )
+    done = write_captions(
+        source, chosen, pictures.folder, stage.folder, paid=paid, decisions=review_path(profile)
+    )
     if not done.rows:
         raise UserError(f"{stage.folder / SET_ASIDE}: no picture got a caption: see the reasons")
     extra = {key: statistics(done.rows)[key] for key in ("captions", "vocabulary", "balance")}
     stage.finish(**extra, set_aside=len(done.set_aside), usd=round(done.usd, 6))
-
-
-def _name_of(source: str, model: str) -> str:
-    return REPLAYED if source == "replay" else model
 
 
 def _paid(profile: Profile) -> OpenAISource:
@@ -296,32 +365,29 @@ def _paid(profile: Profile) -> OpenAISource:
             f"captions by {settings.model} cost money: set {BUDGET_VARIABLE} to the US dollars "
             f"that may be spent on {settings.count} of them, or captions.source to replay"
         )
+    return _source(profile, float(given))
+
+
+def _source(profile: Profile, budget: float = 0.0) -> OpenAISource:
+    settings = profile.captions
     return OpenAISource(
-        run_root(profile).parent / "caption_store" / STORE,
+        store_path(profile),
         settings.model,
         os.environ.get("OPENAI_BASE_URL") or OPENAI,
-        float(given),
+        budget,
+        concurrency=settings.concurrency,
         prompt_version=settings.prompt_version,
+        detail=settings.detail,
+        longest_side=settings.longest_side,
     )
 
 
-def _write(found: Sequence[Caption], out: Path) -> None:
-    write_jsonl(out / CAPTIONS, [_row(caption) for caption in found if caption.status == "ok"])
-    aside = [caption for caption in found if caption.status != "ok"]
-    keys = ("file_name", "status", "reason")
-    write_jsonl(out / SET_ASIDE, [{key: getattr(c, key) for key in keys} for c in aside])
-
-
-def _row(caption: Caption) -> dict[str, Any]:
-    row = asdict(caption)
-    row.pop("reason")
-    row["target"] = to_target(caption.caption)
-    row["mapped"] = mapped_species(caption.caption)
-    return row
-
-
-def _read(folder: Path) -> Captions:
-    return Captions(folder, read_jsonl(folder / CAPTIONS), read_jsonl(folder / SET_ASIDE))
+def _rows_of(images: Path, out: Path) -> list[dict[str, Any]]:
+    """A row for each picture of a folder, once it is sure that `out` can be a folder."""
+    paths = list_images(images)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give a folder to write to")
+    return [{"file_name": path.relative_to(images).as_posix()} for path in paths]
 
 
 def _balance(counts: Counter[str]) -> float:

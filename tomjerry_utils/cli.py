@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import argparse
 import errno
-import math
+import functools
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
-from tomjerry_utils import UserError, __version__
+from tomjerry_utils import UserError, __version__, cli_caption
+from tomjerry_utils.cli_options import (
+    Parser,
+    above_zero,
+    command_in,
+    examples_of,
+    natural_number,
+    seed_number,
+    with_out,
+    with_profile,
+)
 
 OK, MISTAKE, STOPPED = 0, 2, 130
-Handler = Callable[[argparse.Namespace], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,27 +165,6 @@ def _collect(arguments: argparse.Namespace) -> None:
     print(f"{kept} of {len(made.rows)} pictures kept: {made.folder / 'manifest.jsonl'}")
 
 
-def _caption(arguments: argparse.Namespace) -> None:
-    from tomjerry_utils import captions
-
-    made = captions.caption_folder(
-        arguments.images,
-        arguments.out,
-        base_url=arguments.base_url or captions.OPENAI,
-        model=arguments.model,
-        budget=arguments.budget,
-        concurrency=arguments.concurrency,
-        prompt_version=arguments.prompt_version,
-        price=arguments.price,
-        detail=arguments.detail,
-        timeout=arguments.timeout,
-    )
-    print(
-        f"{len(made.rows)} captions, {len(made.set_aside)} set aside, {made.usd:.4f} USD: "
-        f"{made.folder / captions.CAPTIONS}"
-    )
-
-
 def _translate(arguments: argparse.Namespace) -> None:
     from tomjerry_utils.profiles import load_profile
     from tomjerry_utils.translate import translate_files
@@ -257,35 +244,18 @@ def _foundation(arguments: argparse.Namespace) -> None:
 # ---- the parser --------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line that says where the help is."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see '{self.prog} --help')")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="tomjerry",
         description="Tom & Jerry in real life: translate cartoon frames into natural photographs.",
-        epilog=_examples(
+        epilog=examples_of(
             "tomjerry doctor", "tomjerry course", "tomjerry translate frame.png --out out"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tomjerry {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(name: str, handler: Handler, text: str, *examples: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=_examples(*examples),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        added.set_defaults(handler=handler)
-        return added
+    command = functools.partial(command_in, commands)
 
     added = command(
         "doctor",
@@ -294,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
         "tomjerry doctor",
         "tomjerry doctor --profile paper",
     )
-    _profile(added)
+    with_profile(added)
 
     added = command(
         "course",
@@ -305,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         "tomjerry course --only 03 --fresh",
         "tomjerry course --check",
     )
-    _profile(added)
+    with_profile(added)
     added.add_argument(
         "--only", nargs="+", metavar="NN", help="these notebooks only, by number or name"
     )
@@ -335,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             option, nargs="+", action="extend", default=[], metavar=metavar, help=text
         )
-    _out(added)
+    with_out(added)
     added.add_argument(
         "--domain",
         choices=("cartoon", "natural"),
@@ -343,55 +313,20 @@ def _parser() -> argparse.ArgumentParser:
         help="of all of them; without it, told by the folders' names",
     )
     added.add_argument(
-        "--every", type=_above_zero, default=1.0, metavar="SECONDS", help="between film frames (1)"
+        "--every", type=above_zero, default=1.0, metavar="SECONDS", help="between film frames (1)"
     )
     added.add_argument(
-        "--short-side", type=_count, default=512, metavar="PIXELS", help="reduce larger ones (512)"
+        "--short-side",
+        type=natural_number,
+        default=512,
+        metavar="PIXELS",
+        help="reduce larger ones (512)",
     )
     added.add_argument(
         "--validation", type=float, default=0.1, metavar="SHARE", help="of the groups (0.1)"
     )
 
-    added = command(
-        "caption",
-        _caption,
-        "write captions of a folder of pictures with a paid model, never above a budget",
-        "tomjerry caption run --images frames --model gpt-4.1-mini --budget 2 --out captions",
-        "tomjerry caption run --images frames --base-url http://localhost:8000/v1 --model llava "
-        "--price 0,0 --budget 1 --out captions",
-    )
-    added.add_argument("action", choices=("run",), help="run: caption, or go on where it stopped")
-    added.add_argument("--images", type=Path, required=True, metavar="DIR", help="pictures")
-    added.add_argument("--model", required=True, metavar="M", help="name of the model")
-    added.add_argument(
-        "--budget",
-        type=_above_zero,
-        required=True,
-        metavar="USD",
-        help="never spend more than this",
-    )
-    _out(added)
-    added.add_argument(
-        "--base-url", metavar="URL", help="any server of the Responses API (OpenAI's own)"
-    )
-    added.add_argument(
-        "--concurrency", type=_count, default=8, metavar="N", help="requests under way at once (8)"
-    )
-    added.add_argument(
-        "--price", type=_price, metavar="IN,OUT", help="USD per million tokens of another model"
-    )
-    added.add_argument(
-        "--detail",
-        choices=("auto", "low", "high"),
-        default="auto",
-        help="how closely the model looks (auto)",
-    )
-    added.add_argument(
-        "--prompt-version", default="v1", metavar="V", help="which instruction it is given (v1)"
-    )
-    added.add_argument(
-        "--timeout", type=_above_zero, default=60.0, metavar="SECONDS", help="for one request (60)"
-    )
+    cli_caption.add(commands)
 
     added = command(
         "translate",
@@ -402,7 +337,7 @@ def _parser() -> argparse.ArgumentParser:
         "tomjerry translate frames --method sdedit --seed 3 --out out --overwrite",
     )
     added.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="pictures and folders")
-    _out(added)
+    with_out(added)
     added.add_argument(
         "--class",
         dest="cls",
@@ -413,10 +348,12 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument(
         "--method", default="ours", metavar="NAME", help="ours, identity, colour or sdedit (ours)"
     )
-    added.add_argument("--steps", type=_count, metavar="N", help="DDIM steps (the profile's)")
-    added.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the noise (0)")
+    added.add_argument(
+        "--steps", type=natural_number, metavar="N", help="DDIM steps (the profile's)"
+    )
+    added.add_argument("--seed", type=seed_number, default=0, metavar="S", help="of the noise (0)")
     added.add_argument("--weights", type=Path, metavar="DIR", help="a translator's folder")
-    _profile(added)
+    with_profile(added)
     added.add_argument("--overwrite", action="store_true", help="replace what is there")
 
     added = command(
@@ -441,7 +378,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     added.add_argument("out", type=Path, metavar="OUT", help="a new or empty folder")
     added.add_argument("--layout", choices=("cyclegan", "imagefolder"), required=True)
-    _profile(added)
+    with_profile(added)
 
     added = command(
         "figures",
@@ -450,7 +387,7 @@ def _parser() -> argparse.ArgumentParser:
         "tomjerry figures",
         "tomjerry figures --profile smoke",
     )
-    _profile(added)
+    with_profile(added)
 
     added = command(
         "scenes",
@@ -461,8 +398,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     added.add_argument("--style", choices=("cartoon", "natural"), required=True)
     added.add_argument("--seeds", required=True, metavar="A:B", help="A <= seed < B")
-    added.add_argument("--size", type=_count, default=64, metavar="PIXELS", help="a side (64)")
-    _out(added)
+    added.add_argument(
+        "--size", type=natural_number, default=64, metavar="PIXELS", help="a side (64)"
+    )
+    with_out(added)
     added.add_argument("--truth", action="store_true", help="also masks and keypoints")
 
     added = command(
@@ -487,58 +426,8 @@ def _parser() -> argparse.ArgumentParser:
         "tomjerry study ablation",
     )
     added.add_argument("name", nargs="*", metavar="NAME", help="these studies only")
-    _profile(added)
+    with_profile(added)
     return parser
-
-
-def _examples(*lines: str) -> str:
-    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _profile(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--profile",
-        metavar="P",
-        help="smoke, mini, colab, paper or a YAML file (TOMJERRY_PROFILE, else mini)",
-    )
-
-
-def _out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}': give a whole number, 1 or more")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 10**12:
-        raise argparse.ArgumentTypeError(f"'{text}': give a whole number from 0 to 999999999999")
-    return int(text)
-
-
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}': give a number above 0")
-    return value
-
-
-def _price(text: str) -> tuple[float, float]:
-    try:
-        first, second = (float(part) for part in text.split(","))
-        if not (0 <= first < math.inf and 0 <= second < math.inf):
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"'{text}': give dollars per million tokens as IN,OUT, such as 0.4,1.6"
-        ) from None
-    return first, second
 
 
 def _is_file(name: str | None) -> bool:

@@ -54,6 +54,9 @@ class CaptionSettings(_Settings):
     source: Literal["replay", "openai"]
     model: str
     prompt_version: str
+    detail: Literal["auto", "low", "high"]
+    longest_side: int = Field(ge=32, le=2048)
+    concurrency: int = Field(ge=1, le=256)
 
 
 class BlipSettings(_Settings):
@@ -64,6 +67,10 @@ class BlipSettings(_Settings):
     batch_size: int = Positive
     learning_rate: float = Positive
     warmup_steps: int = NotNegative
+    accumulation: int = Positive
+    ema_decay: float = Field(ge=0.0, lt=1.0)
+    stopping_fraction: float = Field(gt=0.0, lt=1.0)
+    patience: int = NotNegative
     max_length: int = Positive
     contrastive_weight: float = NotNegative
     lora_rank: int = NotNegative

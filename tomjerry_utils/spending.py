@@ -1,31 +1,18 @@
-"""What captions cost, and the book that is kept of it.
-
-A price table with its date, the two ways in which models count a picture as tokens, and an
-append-only store of every request and answer that a budget holds against.
-"""
+"""What captions cost: a price table with its date, and how models count a picture as tokens."""
 
 from __future__ import annotations
 
 import ipaddress
-import json
 import math
-import os
-import random
 import re
-import threading
-import time
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 from tomjerry_utils import UserError
 from tomjerry_utils.runs import log
 
 Detail = Literal["low", "high", "auto"]
-
-
-# ---- prices --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -122,88 +109,3 @@ def is_own(base_url: str) -> bool:
         return ipaddress.ip_address(host).is_private
     except ValueError:
         return False
-
-
-# ---- the store -----------------------------------------------------------------------------------
-
-
-class Store:
-    """All requests ever sent and all answers, one JSON object a line, only ever appended to.
-
-    Lines: `sent` (before a request, with its worst price), `answer` (what came back, with its
-    price), `failed` (nothing usable came back; the worst price if it may have been billed). A
-    `sent` without one of the others was cut off by a kill and counts at its worst price.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._open: dict[str, tuple[str, float]] = {}  # request → (key, worst price)
-        self._closed: dict[str, float] = {}  # key → dollars
-        self.answers: dict[str, list[dict[str, Any]]] = {}
-        text = path.read_bytes() if path.is_file() else b""
-        for line in text.splitlines():
-            try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                continue  # the line that a kill tore
-        self.possibly_paid = {name: worst for name, (_, worst) in self._open.items()}
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        if text and not text.endswith(b"\n"):
-            os.write(self._file, b"\n")
-
-    def close(self) -> None:
-        """Let go of the file."""
-        os.close(self._file)
-
-    @property
-    def under_way(self) -> int:
-        """Requests of this process that have not ended."""
-        with self._lock:
-            return len(self._open) - len(self.possibly_paid)
-
-    @property
-    def booked(self) -> float:
-        """Dollars spent for certain or perhaps, requests under way at their worst price."""
-        with self._lock:
-            return self._total()
-
-    def spent_on(self, key: str) -> float:
-        """The part of `booked` that went into one picture."""
-        with self._lock:
-            return self._closed.get(key, 0.0) + sum(w for k, w in self._open.values() if k == key)
-
-    def begin(self, key: str, worst: float, budget: float) -> str | None:
-        """Book a request; its id, or None where the budget does not hold its worst price."""
-        with self._lock:
-            if self._total() + worst > budget:
-                return None
-            name = f"{time.time_ns():x}-{random.getrandbits(32):08x}"
-            self._append({"event": "sent", "id": name, "key": key, "usd": worst})
-            return name
-
-    def end(self, name: str, event: str, **record: Any) -> None:
-        """Note what became of a request: an "answer" or "failed"."""
-        with self._lock:
-            self._append({"event": event, "id": name, **record})
-
-    def _total(self) -> float:
-        return sum(self._closed.values()) + sum(worst for _, worst in self._open.values())
-
-    def _append(self, record: dict[str, Any]) -> None:
-        record["time"] = round(time.time(), 3)
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        left = line.encode("utf-8", "backslashreplace")
-        while left:
-            left = left[os.write(self._file, left) :]
-        self._take(record)
-
-    def _take(self, record: dict[str, Any]) -> None:
-        key, usd = record["key"], float(record["usd"])
-        if record["event"] == "sent":
-            self._open[record["id"]] = (key, usd)
-            return
-        self._open.pop(record["id"], None)
-        self._closed[key] = self._closed.get(key, 0.0) + usd
-        if record["event"] == "answer":
-            self.answers.setdefault(key, []).append(record)
