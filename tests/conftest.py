@@ -7,8 +7,15 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tiny_models import Captioned
+
+    from tomjerry_utils.blip import Blip
+    from tomjerry_utils.training import TrainResult
 
 # Before anything imports torch: on a busy pair of cores two threads are slower than one.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -43,3 +50,22 @@ def fresh_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "runs"
     monkeypatch.setenv("TOMJERRY_RUNS", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def dozen() -> Captioned:
+    """Twelve training scenes of different captions, half of them cartoons."""
+    import tiny_models
+
+    return tiny_models.captioned()
+
+
+@pytest.fixture(scope="session")
+def learnt_blip(
+    dozen: Captioned, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Blip, TrainResult]:
+    """A tiny BLIP that knows the dozen by heart, and how it got there; nobody may change it."""
+    import tiny_models
+
+    model = tiny_models.tiny_blip()
+    return model, tiny_models.tune_blip(model, dozen, tmp_path_factory.mktemp("learnt"))

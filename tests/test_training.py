@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,17 @@ def test_interrupt_in_the_last_step_is_not_lost(tmp_path: Path) -> None:
     assert run(tmp_path)[1].finished
 
 
+def test_interrupt_in_the_step_that_ends_early_is_not_lost(tmp_path: Path) -> None:
+    def on_log(step: int, modules: dict[str, nn.Module]) -> bool:
+        if step == 24:
+            signal.raise_signal(signal.SIGINT)
+        return step == 24
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, on_log=on_log)
+    assert (tmp_path / "checkpoint/00000024/state.json").exists()
+
+
 def test_sigterm_of_a_scheduler_writes_a_checkpoint_first(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(
@@ -320,6 +332,28 @@ def test_stray_folder_of_a_killed_write_is_removed(tmp_path: Path) -> None:
     (stray / "weights.safetensors").write_bytes(b"half")
     run(tmp_path, keep_checkpoint=True)
     assert not stray.exists()
+
+
+def test_every_older_checkpoint_is_removed(tmp_path: Path) -> None:
+    """A kill between a checkpoint's name and the removal of the one before leaves both."""
+    run(tmp_path, max_seconds=1e-6)
+    (path,) = (tmp_path / "checkpoint").iterdir()
+    shutil.copytree(path, path.with_name("00000000"))
+    run(tmp_path, keep_checkpoint=True)
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["00000060"]
+
+
+def test_out_of_memory_in_the_optimiser_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam's moments are made in its first step."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(UserError, match="out of memory at step 1: lower batch_size"):
+        run(tmp_path)
 
 
 def test_cut_history_line_is_dropped(tmp_path: Path) -> None:
@@ -504,6 +538,266 @@ def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
     assert len((tmp_path / "two/history.jsonl").read_text().splitlines()) == 1
 
 
+def plain_loss(net: nn.Module) -> Any:
+    def loss_fn(batch: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
+        loss = (net(batch) - batch.sum(1, keepdim=True)).square().mean()
+        return loss, {"first": batch[0, 0]}
+
+    return loss_fn
+
+
+def linear(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Linear(3, 1)
+
+
+LINEAR = {"steps": 10, "learning_rate": 0.05, "seed": 0, "device": "cpu", "log_every": 5}
+
+
+@pytest.mark.parametrize("grad_clip", [None, 0.5])
+def test_accumulated_halves_equal_the_whole_batch(grad_clip: float | None, tmp_path: Path) -> None:
+    """For a loss that is a mean: same weights, averages, moments, loss and norm of the gradient."""
+    data = torch.randn(10, 8, 3, generator=torch.Generator().manual_seed(1))
+    asked: list[tuple[int, int]] = []
+
+    def halves(step: int, generator: torch.Generator) -> Tensor:
+        part = sum(1 for at, _ in asked if at == step)
+        asked.append((step, part))
+        return data[step, 4 * part : 4 * part + 4]
+
+    def first_half(step: int, generator: torch.Generator) -> Tensor:
+        return data[step, :4]
+
+    found = {}
+    for name, batches_of, accumulation in (
+        ("whole", lambda step, generator: data[step], 1),
+        ("halves", halves, 2),
+        ("half", first_half, 1),
+        ("twice", first_half, 2),
+    ):
+        net = linear()
+        result = train(
+            {"net": net}, plain_loss(net), batches_of, folder=tmp_path / name, ema_decay=0.5,
+            accumulation=accumulation, grad_clip=grad_clip, keep_checkpoint=True, **LINEAR,
+        )  # fmt: skip
+        found[name] = (net, result)
+    assert asked == [(step, part) for step in range(10) for part in (0, 1)]
+    for one, two in (("halves", "whole"), ("twice", "half")):
+        (net, result), (other, expected) = found[one], found[two]
+        torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(result.ema["net"], expected.ema["net"], rtol=0, atol=1e-6)
+        for row, true in zip(result.history, expected.history, strict=True):
+            assert row["loss"] == pytest.approx(true["loss"], rel=1e-5)
+            assert row["grad_norm"] == pytest.approx(true["grad_norm"], rel=1e-5)
+    # Control: half of the data is not the whole of it.
+    difference = found["half"][0].weight - found["whole"][0].weight
+    assert difference.abs().max() > 1e-3
+
+
+def test_accumulation_logs_the_mean_over_its_batches(tmp_path: Path) -> None:
+    net = linear()
+    result = train(
+        {"net": net}, plain_loss(net), lambda step, generator: torch.full((4, 3), float(step % 2)),
+        folder=tmp_path / "a", accumulation=3, **{**LINEAR, "log_every": 2},
+    )  # fmt: skip
+    assert [row["first"] for row in result.history] == [0.5] * 5
+    seen: list[float] = []
+
+    def drawn(step: int, generator: torch.Generator) -> Tensor:
+        batch = torch.rand(4, 3, generator=generator)
+        seen.append(batch[0, 0].item())
+        return batch
+
+    net = linear()
+    settings = {**LINEAR, "log_every": 1}
+    result = train(
+        {"net": net}, plain_loss(net), drawn, folder=tmp_path / "b", accumulation=3, **settings
+    )
+    assert len(set(seen)) == 30  # no batch is drawn twice
+    means = [sum(seen[i : i + 3]) / 3 for i in range(0, 30, 3)]
+    assert [row["first"] for row in result.history] == pytest.approx(means, rel=1e-6)
+
+
+def test_resumed_accumulation_equals_uninterrupted(tmp_path: Path) -> None:
+    """Killed between two batches of one step: the step begins anew."""
+    whole = run(tmp_path / "whole", accumulation=2)
+    net = make()
+    inner = loss_of(net)
+    calls = 0
+
+    def fails(batch: object, step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
+        nonlocal calls
+        calls += 1
+        if calls == 28:
+            raise RuntimeError("power cut")
+        return inner(batch, step, generator)
+
+    settings = {**SETTINGS, "accumulation": 2, "checkpoint_every_s": 0.0}
+    with pytest.raises(RuntimeError, match="power cut"):
+        train({"net": net}, fails, batches, folder=tmp_path / "cut", **settings)
+    assert [p.name for p in (tmp_path / "cut/checkpoint").iterdir()] == ["00000013"]
+    assert_equal_runs(run(tmp_path / "cut", accumulation=2), whole)
+    run(tmp_path / "other", accumulation=2, keep_checkpoint=True)
+    with pytest.raises(UserError, match="accumulation 2 → 1"):
+        run(tmp_path / "other")
+
+
+def test_two_processes_equal_one_that_accumulates_two(tmp_path: Path) -> None:
+    """They draw the very batches of it, and an end that the main process decides is everyone's."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import json, os, torch
+        from torch import nn
+        from safetensors.torch import save_file
+        from tomjerry_utils.training import train
+        rank = int(os.environ["RANK"])
+        torch.manual_seed(rank)
+        net = nn.Linear(3, 1)
+        drawn = []
+        def batches(step, generator):
+            batch = torch.randn(4, 3, generator=generator)
+            drawn.append(batch[0, 0].item())
+            return batch
+        def loss_fn(batch, step, generator):
+            noise = 0.1 * torch.randn(batch.shape, generator=generator)
+            return (net(batch + noise) - batch.sum(1, keepdim=True)).square().mean(), {{}}
+        result = train({{"net": net}}, loss_fn, batches, folder={str(tmp_path / "two")!r},
+                       ema_decay=0.5, keep_checkpoint=True, **{ {**LINEAR, "log_every": 3}!r},
+                       on_log=lambda step, modules: step == 6)
+        save_file(net.state_dict(), f"{tmp_path}/{{rank}}.safetensors")
+        facts = [result.steps, result.finished, result.ended_early, drawn]
+        open(f"{tmp_path}/{{rank}}.json", "w").write(json.dumps(facts))
+        """)
+    )
+    port = str(_free_port())
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=_env(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_PORT=port),
+        )
+        for rank in ("0", "1")
+    ]
+    drawn: list[float] = []
+
+    def draw(step: int, generator: torch.Generator) -> Tensor:
+        batch = torch.randn(4, 3, generator=generator)
+        drawn.append(batch[0, 0].item())
+        return batch
+
+    def noisy(net: nn.Module) -> Any:
+        def loss_fn(batch: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
+            noise = 0.1 * torch.randn(batch.shape, generator=generator)
+            return (net(batch + noise) - batch.sum(1, keepdim=True)).square().mean(), {}
+
+        return loss_fn
+
+    nets = {}
+    for accumulation in (2, 1):
+        nets[accumulation] = linear()
+        train(
+            {"net": nets[accumulation]}, noisy(nets[accumulation]), draw,
+            folder=tmp_path / f"one {accumulation}", ema_decay=0.5, accumulation=accumulation,
+            on_log=lambda step, modules: step == 6, **{**LINEAR, "log_every": 3},
+        )  # fmt: skip
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+
+    from safetensors.torch import load_file
+
+    two = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
+    facts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert same(*two)
+    assert [fact[:3] for fact in facts] == [[6, True, True]] * 2
+    assert [x for pair in zip(facts[0][3], facts[1][3], strict=True) for x in pair] == drawn[:12]
+    for key, value in nets[2].state_dict().items():
+        torch.testing.assert_close(two[0][key], value, rtol=0, atol=1e-5)
+    assert (two[0]["weight"] - nets[1].weight).abs().max() > 1e-4
+
+
+def test_on_log_may_end_the_training(
+    tmp_path: Path, uninterrupted: tuple[nn.Module, TrainResult]
+) -> None:
+    net = make()
+    seen: list[int] = []
+
+    def enough(step: int, modules: dict[str, nn.Module]) -> bool:
+        seen.append(step)
+        return step >= 24
+
+    first = train(
+        {"net": net}, loss_of(net), batches, folder=tmp_path, keep_checkpoint=True, on_log=enough,
+        **SETTINGS,
+    )  # fmt: skip
+    assert (first.steps, first.finished, first.ended_early) == (24, True, True)
+    assert seen == [8, 16, 24]
+    assert without_time(first.history) == without_time(uninterrupted[1].history[:3])
+    assert not net.training
+    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["00000024"]
+
+    def never(*_: object) -> None:
+        raise AssertionError("a training that has ended makes no step and asks nobody")
+
+    again = make(seed=99)
+    second = train(
+        {"net": again}, never, never, folder=tmp_path, keep_checkpoint=True, on_log=never,
+        **SETTINGS,
+    )  # fmt: skip
+    assert (second.steps, second.finished, second.ended_early) == (24, True, True)
+    assert same(again.state_dict(), net.state_dict())
+    assert same(second.ema["net"], first.ema["net"])
+    assert second.history == first.history
+
+
+def test_an_end_leaves_no_checkpoint_unless_it_is_kept(tmp_path: Path) -> None:
+    _, result = run(tmp_path, on_log=lambda step, modules: True, checkpoint_every_s=0.0)
+    assert (result.steps, result.ended_early) == (8, True)
+    assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("answer", [None, False, 0])
+def test_only_a_yes_ends_it(
+    answer: Any, tmp_path: Path, uninterrupted: tuple[nn.Module, TrainResult]
+) -> None:
+    got = run(tmp_path, on_log=lambda step, modules: answer)
+    assert not got[1].ended_early
+    assert_equal_runs(got, uninterrupted)
+
+
+def test_a_yes_at_the_last_step_is_no_early_end(
+    tmp_path: Path, uninterrupted: tuple[nn.Module, TrainResult]
+) -> None:
+    got = run(tmp_path, on_log=lambda step, modules: step == 60)
+    assert got[1].finished
+    assert not got[1].ended_early
+    assert_equal_runs(got, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ..."), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (MemoryError("no"), False),
+    ],
+)
+def test_out_of_memory_names_the_knob(error: Exception, told: bool, tmp_path: Path) -> None:
+    net = make()
+    inner = loss_of(net)
+
+    def fails(batch: object, step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
+        if step == 3:
+            raise error
+        return inner(batch, step, generator)
+
+    with pytest.raises(UserError if told else type(error)) as caught:
+        train({"net": net}, fails, batches, folder=tmp_path, memory_knobs="halve it", **SETTINGS)
+    if told:
+        assert str(caught.value) == "training: out of memory at step 4: halve it"
+    else:
+        assert caught.value is error
+
+
 def test_processes_draw_different_batches() -> None:
     from tomjerry_utils.training import _seed_step
 
@@ -520,6 +814,8 @@ def test_wrong_calls_are_told(tmp_path: Path) -> None:
         run(tmp_path, ema_on=["nett"])
     with pytest.raises(UserError, match="warmup_steps 100 is more than steps 60"):
         run(tmp_path, warmup_steps=100)
+    with pytest.raises(ValueError, match="accumulation >= 1"):
+        run(tmp_path, accumulation=0)
     with pytest.raises(ValueError, match="precision"):
         run(tmp_path, precision="fp16")
     with pytest.raises(UserError, match="device"):

@@ -9,7 +9,6 @@ contrastive pair of projections (ITC) and a matching head (ITM). The first lives
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,8 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from tomjerry_utils import UserError, scenes
+from tomjerry_utils import UserError
+from tomjerry_utils.blip_attention import fuse_attention
 from tomjerry_utils.captions import to_target as to_natural
 from tomjerry_utils.images import to_tensor
 from tomjerry_utils.runs import model_source
@@ -151,19 +151,22 @@ class Blip:
     ) -> torch.Tensor:
         """Mean −log p(word | words before, image) over all words, pads left out.
 
-        With `reduction="none"` one value (B,) for each caption, the mean over its own words.
+        This is what is trained on, with the label smoothing that a checkpoint may ask for. With
+        `reduction="none"`, for measuring: one value (B,) for each caption, the mean over its own
+        words, without smoothing.
         """
         features = self._features(images, features)
         ids, mask = self.tokens(texts, decode=True)
-        labels = mask_labels(ids, mask)
-        loss = self.captioner.text_decoder(
-            ids,
-            attention_mask=mask,
-            encoder_hidden_states=features,
-            labels=labels,
-            reduction=reduction,
-        ).loss
-        return loss if reduction == "mean" else loss / (labels[:, 1:] != IGNORED).sum(1)
+        labels = mask_labels(ids, mask)[:, 1:]
+        # The last token writes nothing: position i predicts the word at i + 1.
+        decoder = self.captioner.text_decoder
+        logits = decoder(
+            ids[:, :-1], attention_mask=mask[:, :-1], encoder_hidden_states=features
+        ).logits.mT
+        if reduction == "mean":
+            return F.cross_entropy(logits, labels, label_smoothing=decoder.label_smoothing)
+        each = F.cross_entropy(logits, labels, reduction="none")
+        return each.sum(1) / (labels != IGNORED).sum(1)
 
     def generate(self, images: Images, *, batch_size: int = 64, num_beams: int = 1) -> list[str]:
         """Write one caption for each image: greedy, or by beam search."""
@@ -235,35 +238,6 @@ def similarity(
     return -blip.caption_loss(output, texts, reduction="none")
 
 
-# ---- words ------------------------------------------------------------------------------------
-
-
-def caption_slots(text: str) -> dict[str, str | None]:
-    """What a caption says in each slot: subject, action, direction, place; None where nothing."""
-    words = set(re.findall(r"[a-z]+", text.lower()))
-    subjects = [name for name in ("tom", "jerry", "cat", "mouse") if name in words]
-    animals = "two_animals" if {"two", "animals"} <= words else "animal"
-    verbs = {"sit": "sitting", "run": "running", "jump": "jumping", "lie": "lying"}
-    verbs |= {"reach": "reaching", "stand": "standing"}
-    slots: dict[str, str | None] = {
-        "subject": "_".join(subjects) or (animals if words & {"animal", "animals"} else None),
-        "action": next((a for a in scenes.ACTIONS if verbs[a] in words), None),
-        "direction": next((f for f in scenes.FACINGS if f in words), None),
-        "place": next((p for p in scenes.PLACES if set(p.split()) <= words), None),
-    }
-    return slots
-
-
-def slot_accuracy(written: Sequence[str], true: Sequence[str]) -> dict[str, float]:
-    """Share of captions whose slot equals the true caption's, where the true one fills it."""
-    pairs = [(caption_slots(a), caption_slots(b)) for a, b in zip(written, true, strict=True)]
-    scores = {}
-    for slot in ("subject", "action", "direction", "place"):
-        hits = [a[slot] == b[slot] for a, b in pairs if b[slot] is not None]
-        scores[slot] = float(np.mean(hits)) if hits else float("nan")
-    return scores
-
-
 # ---- making, loading, saving -------------------------------------------------------------------
 
 
@@ -312,7 +286,9 @@ def create_tiny(
         _place_patches(captioner.vision_model.embeddings)
         retrieval = _retrieval_from(captioner)
     size = {"height": image_size, "width": image_size}
-    return Blip(captioner.eval(), retrieval.eval(), tokenizer, BlipImageProcessorPil(size=size))
+    blip = Blip(captioner.eval(), retrieval.eval(), tokenizer, BlipImageProcessorPil(size=size))
+    fuse_attention(blip.parts().values())
+    return blip
 
 
 def load(source: str | Path, device: str | torch.device = "cpu", *, max_length: int = 40) -> Blip:
@@ -334,16 +310,21 @@ def load(source: str | Path, device: str | torch.device = "cpu", *, max_length: 
             retrieval = BlipForImageTextRetrieval.from_pretrained(second, dtype=torch.float32)
             retrieval.vision_model = captioner.vision_model
         else:
-            retrieval = _retrieval_from(captioner)
+            # Its projections and matching head start at random, the same ones each time.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                retrieval = _retrieval_from(captioner)
         tokenizer = AutoTokenizer.from_pretrained(first)
         processor = BlipImageProcessorPil.from_pretrained(first)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no BLIP in {source} ({reason}): give a folder or a hub id") from None
     length = min(max_length, captioner.config.text_config.max_position_embeddings)
-    return Blip(
+    blip = Blip(
         captioner.eval().to(device), retrieval.eval().to(device), tokenizer, processor, length
     )
+    fuse_attention(blip.parts().values())
+    return blip
 
 
 def save(blip: Blip, folder: str | Path, *, half: bool = False) -> None:

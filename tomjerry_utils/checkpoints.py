@@ -137,6 +137,7 @@ class State:
         self.describe = describe
         self.step = 0
         self.seconds = 0.0
+        self.ended_early = False
         self.window = Window()
         self.history: list[dict[str, Any]] = []
         self.main = main
@@ -180,12 +181,11 @@ class State:
         return max(done, key=lambda path: int(path.name)) if done else None
 
     def save(self) -> None:
-        """Write a checkpoint, then remove the one before it."""
+        """Write a checkpoint, then remove those before it."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         window = self.check_finite()
-        before = self._last()
         target = self.checkpoints / f"{self.step:08d}"
         with atomic_dir(target) as temporary:
             try:
@@ -199,12 +199,15 @@ class State:
                 "step": self.step,
                 "seconds": self.seconds,
                 "processes": self.processes,
+                "ended_early": self.ended_early,
                 "window": window,
                 "settings": self.settings,
             }
             write_json(temporary / "state.json", state)
-        if before is not None and before != target:
-            shutil.rmtree(before)
+        # More than one, where a kill came between a checkpoint's name and this.
+        for old in self.checkpoints.glob("[0-9]*"):
+            if old != target:
+                shutil.rmtree(old)
 
     def load(self) -> None:
         """Go to the last checkpoint, if there is one, and cut the history to match."""
@@ -256,6 +259,7 @@ class State:
             parameter = self.trained[name]
             self.optimizer.state[parameter][slot] = value.to(parameter.device)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.ended_early = state["ended_early"]
         self.window.restore(state["window"])
 
     def remove(self) -> None:

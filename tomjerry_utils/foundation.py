@@ -51,15 +51,32 @@ STEPS: dict[str, dict[str, Any]] = {
         # Then the decoder alone, for as much fur as the pictures have.
         "decoder_steps": 6_000,
     },
-    "blip": {"steps": 2_500, "batch_size": 32, "learning_rate": 1e-3},
+    # The second phase sees drawings too, grain, and three times the animals.
+    "blip": {
+        "steps": 2_500,
+        "batch_size": 32,
+        "learning_rate": 1e-3,
+        "further_steps": 8_000,
+        "further_learning_rate": 6e-4,
+        "ema_decay": 0.998,
+    },
     "structure": {"steps": 4_000, "batch_size": 16, "learning_rate": 2e-3},
     "judges": {"label_steps": 1_500, "pixel_steps": 3_500, "batch_size": 32, "learning_rate": 2e-3},
     # Small batches and many steps again. At a rate of 2e-3 it blew up after 1700 of them.
     "denoiser": {"steps": 12_500, "batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.998},
 }
+BLIP_OPTIONS: dict[str, Any] = {
+    "warmup_steps": 100,
+    "contrastive_weight": 0.5,
+    "device": "cpu",
+    "threads": 2,
+    "log_every": 50,
+    "describe": "foundation BLIP",
+}
 # What is rendered for them: (style, zoo, first seed, count).
 PICTURES = {
     "natural zoo": ("natural", True, 0, 9_000),
+    "more natural zoo": ("natural", True, 9_000, 15_000),
     "cartoon zoo": ("cartoon", True, 500_000, 3_000),
     "cartoon": ("cartoon", False, 1_900_000, 2_500),
     "natural": ("natural", False, 2_900_000, 2_500),
@@ -305,27 +322,68 @@ def make_structure() -> Path:
 
 
 def make_blip() -> Path:
-    """Train the tiny BLIP on zoo scenes and their captions ("an animal is …")."""
+    """Train the tiny BLIP on zoo scenes and their captions ("an animal is …"), in two phases."""
     from tomjerry_utils import blip
 
-    data = pictures("natural zoo")
-    texts = [scenes.caption(scenes.describe(int(s), zoo=True), "natural") for s in data["seed"]]
     options = STEPS["blip"]
-    result = blip.train_foundation(
-        _work("blip"),
-        data["image"],
-        texts,
+    shared = {"batch_size": options["batch_size"], "seed": SEEDS["blip"]}
+    first = pictures("natural zoo")
+    start = blip.create_tiny(scenes.vocabulary(), seed=SEEDS["blip"])
+    begun = blip.fine_tune(
+        start,
+        first["image"],
+        _zoo_captions(first),
         steps=options["steps"],
-        batch_size=options["batch_size"],
         learning_rate=options["learning_rate"],
-        seed=SEEDS["blip"],
+        folder=_work("blip") / "first",
+        keep_checkpoint=True,
+        **shared,
+        **BLIP_OPTIONS,
     )
+    further = further_blip(start, _work("blip") / "further")
     return _ship(
         "blip",
-        lambda folder: blip.save(result.blip, folder, half=True),
-        seconds=result.seconds,
-        history=result.history,
+        lambda folder: blip.save(start, folder, half=True),
+        seconds=begun.seconds + further.seconds,
+        history=[
+            {"phase": name, **row}
+            for name, result in (("first", begun), ("further", further))
+            for row in result.history
+        ],
+        threads=2,
     )
+
+
+def further_blip(model: Any, folder: Path) -> TrainResult:
+    """The second phase of the foundation's BLIP, in place: more animals, drawings, grain."""
+    from tomjerry_utils import blip
+
+    options = STEPS["blip"]
+    sets = [pictures(name) for name in ("natural zoo", "more natural zoo", "cartoon zoo")]
+    rng = np.random.default_rng(SEEDS["blip"])
+    images = np.concatenate([data["image"] for data in sets])
+    for part in np.array_split(images, 16):
+        seen = part + rng.normal(0, 2.55, part.shape).astype(np.float32)
+        part[:] = np.clip(seen, 0, 255).astype(np.uint8)
+    return blip.fine_tune(
+        model,
+        images,
+        [text for data in sets for text in _zoo_captions(data)],
+        steps=options["further_steps"],
+        batch_size=options["batch_size"],
+        learning_rate=options["further_learning_rate"],
+        seed=SEEDS["blip"] + 100,
+        folder=folder,
+        ema_decay=options["ema_decay"],
+        schedule="cosine",
+        keep_checkpoint=True,
+        **BLIP_OPTIONS,
+    )
+
+
+def _zoo_captions(data: dict[str, np.ndarray]) -> list[str]:
+    # A drawing of a nameless animal is captioned like its photograph.
+    return [scenes.caption(scenes.describe(int(s), zoo=True), "natural") for s in data["seed"]]
 
 
 def make_judges() -> Path:

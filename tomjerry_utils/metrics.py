@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -55,8 +55,8 @@ from tomjerry_utils.runs import (
 )
 
 __all__ = [
-    "ROWS", "bootstrap_ci", "evaluate_command", "evaluate_folder", "iou", "kid", "kid_interval",
-    "paired_bootstrap", "pck", "reference", "rows", "score", "table", "translated",
+    "ROWS", "bootstrap_ci", "evaluate_command", "evaluate_folder", "find_twins", "iou", "kid",
+    "kid_interval", "paired_bootstrap", "pck", "reference", "rows", "score", "table", "translated",
 ]  # fmt: skip
 
 SIZE = judging.SIZE
@@ -64,6 +64,7 @@ FEWEST = 50  # pictures: with fewer, the intervals say nothing
 FIRST_SEED = scenes.RANGES["test"][0]  # nothing from here on is ever trained or tuned on
 REFERENCES = 600
 REFERENCE_SEED = 4_900_000  # in the validation range, far from where tuning begins
+TWIN_SEED = 4_800_000  # in the validation range, where nothing else looks
 BATCH = 8  # pictures at a time: more outgrow a CPU's cache, 64 take twice as long
 NOISE = 0.01  # of the range: the natural camera's
 ROWS = ("floor", "autoencoder", "ceiling", "identity")
@@ -336,6 +337,79 @@ def _weights_key(judges: judging.Judges) -> str:
         for tensor in net.state_dict().values():
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+# ---- words across the domains ------------------------------------------------------------------
+
+
+def find_twins(
+    embed_images: Callable[[np.ndarray], np.ndarray],
+    embed_texts: Callable[[Sequence[str]], np.ndarray],
+    write: Callable[[np.ndarray], Sequence[str]],
+    *,
+    sets: int = 5,
+    among: int = 100,
+    size: int = SIZE,
+    examples: int = 0,
+) -> dict[str, Any]:
+    """Does the caption of a cartoon find its natural twin? What stage 05's similarity relies on.
+
+    Cartoons of the validation range are captioned; each caption, its species mapped across, ranks
+    the natural twins of `among` scenes. A hit: the first one's true caption is the query's, since
+    scenes with one caption are told apart by nobody.
+
+    Args:
+        embed_images: uint8 (N, size, size, 3) → unit vectors (N, P).
+        embed_texts: captions → unit vectors (N, P).
+        write: uint8 cartoons → captions in natural words.
+        sets: so many disjoint sets of scenes; a query only meets its own.
+        examples: so many queries of the first set are returned as pictures.
+
+    Returns:
+        n, among, sets; written: top-1 of the written captions; true: of the true ones, what a
+        perfect captioner would reach; shuffled: of captions from other cartoons of the set, a
+        control; each {value, ci95, n}; chance: the mean share of right twins; examples: rows of
+        `cartoon`, `caption`, `first` (the three first twins, most similar first) and `right`.
+    """
+    from tomjerry_utils.wording import recall_at
+
+    found: dict[str, list[np.ndarray]] = {"written": [], "true": [], "shuffled": []}
+    chances = []
+    for number in range(sets):
+        first = TWIN_SEED + number * among
+        seeds = list(range(first, first + among))
+        true = [scenes.caption(scenes.describe(seed), "natural") for seed in seeds]
+        pictures = {
+            style: scenes.render_many(seeds, style, size)["image"] for style in scenes.STYLES
+        }
+        twins = embed_images(pictures["natural"])
+        written = list(write(pictures["cartoon"]))
+        correct = np.array([[a == b for b in true] for a in true])
+        others = np.random.default_rng(number).permutation(among)
+        queries = {"written": written, "true": true, "shuffled": [written[i] for i in others]}
+        for name, texts in queries.items():
+            found[name].append(recall_at(embed_texts(texts) @ twins.T, correct, (1,))[1])
+        chances.append(correct.mean())
+        if number == 0:
+            order = np.argsort(-(embed_texts(written) @ twins.T), axis=1)[:examples, :3]
+            shown = [
+                {
+                    "cartoon": pictures["cartoon"][i],
+                    "caption": written[i],
+                    "first": pictures["natural"][row],
+                    "right": bool(correct[i, row[0]]),
+                }
+                for i, row in enumerate(order)
+            ]
+    out: dict[str, Any] = {"n": sets * among, "among": among, "sets": sets, "examples": shown}
+    for name, hits in found.items():
+        values = np.concatenate(hits)
+        out[name] = {
+            "value": float(values.mean()),
+            "ci95": bootstrap_ci(values.astype(float)),
+            "n": len(values),
+        }
+    return {**out, "chance": float(np.mean(chances))}
 
 
 # ---- tomjerry evaluate -------------------------------------------------------------------------

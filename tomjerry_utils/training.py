@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 LossFn = Callable[[Any, int, torch.Generator], tuple[Tensor, Mapping[str, Any]]]
 Batches = Callable[[int, torch.Generator], Any]
-OnLog = Callable[[int, dict[str, nn.Module]], None]
+OnLog = Callable[[int, dict[str, nn.Module]], bool | None]
 Schedule = Literal["linear", "cosine", "constant"]
 
 
@@ -47,6 +48,7 @@ class TrainResult:
         seconds: training time, over all sessions of a resumed run.
         steps: steps done.
         finished: False where `max_seconds` ended the run before its last step.
+        ended_early: True where `on_log` ended it.
         ema: name of module → state dict with averaged weights, for the modules in `ema_on`.
     """
 
@@ -55,6 +57,7 @@ class TrainResult:
     steps: int
     finished: bool
     ema: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    ended_early: bool = False
 
 
 def train(
@@ -71,6 +74,7 @@ def train(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.01,
     grad_clip: float | None = 1.0,
+    accumulation: int = 1,
     ema_decay: float | None = None,
     ema_on: Sequence[str] | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -81,18 +85,21 @@ def train(
     max_seconds: float | None = None,
     keep_checkpoint: bool = False,
     describe: str = "training",
+    memory_knobs: str = "lower batch_size (or image_size) in the profile",
     on_log: OnLog | None = None,
 ) -> TrainResult:
     """Train modules in place, or go on from where a killed run stopped.
 
     Each step draws `batches(step, generator)` and calls `loss_fn(batch, step, generator)`, which
     returns the loss and a dict of numbers to log. The generator lives on the CPU and is seeded
-    from (seed, step, process); torch's global generators are seeded likewise for dropout, and get
+    from (seed, step, batch); torch's global generators are seeded likewise for dropout, and get
     their own state back at the end. Steps count from 0 here and from 1 in the history.
 
     Under `accelerate launch` every process draws its own batch and gradients are averaged, so the
-    batch is `processes` times as large. With bf16 the loss function runs under autocast while
-    weights, gradients, EMA and optimiser state stay in fp32.
+    batch is `processes` times as large; `accumulation` does the same one after the other. Two
+    processes therefore see the very batches, and take the steps, of one process that accumulates
+    two. With bf16 the loss function runs under autocast while weights, gradients, EMA and
+    optimiser state stay in fp32.
 
     Any loss or gradient norm that is not finite stops the training at the next log line, and none
     is ever written into a checkpoint: both are summed over all steps since the last check, so the
@@ -111,6 +118,7 @@ def train(
         schedule: decay to 0 at the last step, or none.
         weight_decay: on matrices and kernels; biases and norms have none.
         grad_clip: largest norm of the whole gradient; None for no clipping.
+        accumulation: batches whose gradients are averaged into one step.
         ema_decay: None for no averaging; the first steps use min(decay, (1 + step)/(10 + step)).
         ema_on: names of the modules to average; None for all.
         device: `auto`, or a torch device type.
@@ -118,8 +126,10 @@ def train(
         max_seconds: time budget over all sessions; the checkpoint is then kept, and a later call
             with a larger budget goes on from it.
         keep_checkpoint: keep `checkpoint/` of a finished training: the next call returns at once.
-        on_log: called with (step, modules) at each log line of the main process, while the
-            modules hold their averaged weights, in evaluation mode and without gradients.
+        memory_knobs: what to do about too little memory, for the error's last words.
+        on_log: called with (step, modules) at each log line, while the modules hold their averaged
+            weights, in evaluation mode and without gradients. When it returns True on the main
+            process the training ends there.
 
     Returns:
         The history and the averaged weights; `apply_ema` puts those into the modules. The modules
@@ -127,10 +137,10 @@ def train(
 
     Raises:
         UserError: a loss or gradient that is not finite, a checkpoint of other settings or a
-            broken one, too little GPU memory, more warm-up than steps, a device that is not there.
+            broken one, too little memory, more warm-up than steps, a device that is not there.
     """
-    if steps < 1 or log_every < 1:
-        raise ValueError("need steps >= 1 and log_every >= 1")
+    if steps < 1 or log_every < 1 or accumulation < 1:
+        raise ValueError("need steps, log_every and accumulation >= 1")
     if warmup_steps > steps:
         raise UserError(
             f"{describe}: warmup_steps {warmup_steps} is more than steps {steps}: "
@@ -156,6 +166,7 @@ def train(
         "betas": list(betas),
         "weight_decay": weight_decay,
         "grad_clip": grad_clip,
+        "accumulation": accumulation,
         "ema_decay": ema_decay,
         "ema_on": names if ema else [],
         "precision": precision,
@@ -179,6 +190,9 @@ def train(
     process = accelerator.process_index
 
     with (
+        out_of_memory_told(
+            lambda: f"{describe}: out of memory at step {state.step + 1}: {memory_knobs}"
+        ),
         _threads(threads),
         _own_randomness(accelerator.device),
         Interrupts() as interrupts,
@@ -193,19 +207,16 @@ def train(
         _set_training(modules, True)
         saved = time.monotonic()
         over = max_seconds is not None and state.seconds >= max_seconds
-        while state.step < steps and not over:
+        while state.step < steps and not over and not state.ended_early:
             step = state.step
-            generator = _seed_step(seed, step, process, accelerator.device)
-            try:
+            for part in range(accumulation):
+                number = part * accelerator.num_processes + process
+                generator = _seed_step(seed, step, number, accelerator.device)
                 batch = _to_device(batches(step, generator), accelerator.device)
                 with accelerator.autocast():
                     loss, numbers = loss_fn(batch, step, generator)
-                loss.backward()
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"{describe}: out of GPU memory at step {step + 1}: "
-                    "lower batch_size (or image_size) in the profile"
-                ) from None
+                (loss / accumulation if accumulation > 1 else loss).backward()
+                state.window.add(loss=loss, **numbers)
             _average_gradients(parameters, accelerator)
             grad_norm = _clip(parameters, grad_clip)
             rate = learning_rate * schedule_factor(
@@ -217,7 +228,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             if ema:
                 ema.update(step)
-            state.window.add(loss=loss, grad_norm=grad_norm, **numbers)
+            state.window.add(grad_norm=grad_norm)
             state.step += 1
             state.seconds = time.monotonic() - begun
             bar.update()
@@ -225,9 +236,12 @@ def train(
             if state.step % log_every == 0 or state.step == steps:
                 row = state.log_row(rate)
                 bar.note(loss=row["loss"])
-                if on_log is not None and accelerator.is_main_process:
+                if on_log is not None:
+                    ended = False
                     with _averaged(modules, ema):
-                        on_log(state.step, dict(modules))
+                        if accelerator.is_main_process:
+                            ended = bool(on_log(state.step, dict(modules)))
+                    state.ended_early = _any(ended, accelerator) and state.step < steps
             over = _agreed(
                 interrupts.caught is not None
                 or (max_seconds is not None and state.seconds >= max_seconds),
@@ -244,7 +258,7 @@ def train(
                 log(f"{describe}: stopped at step {state.step}, checkpoint in {folder}")
                 interrupts.go_on()
 
-    finished = state.step >= steps
+    finished = state.step >= steps or state.ended_early
     if accelerator.is_main_process and finished:
         if keep_checkpoint:
             state.save()
@@ -253,7 +267,9 @@ def train(
     accelerator.wait_for_everyone()
     _set_training(modules, False)
     averaged = ema.state_dicts() if ema else {}
-    return TrainResult(state.history, state.seconds, state.step, finished, averaged)
+    return TrainResult(
+        state.history, state.seconds, state.step, finished, averaged, state.ended_early
+    )
 
 
 def apply_ema(modules: Modules, result: TrainResult) -> None:
@@ -440,7 +456,28 @@ def _agreed(stop: bool, step: int, accelerator: Accelerator) -> bool:
     """Whether to stop now: processes ask each other every tenth step, so that none waits alone."""
     if accelerator.num_processes == 1:
         return stop
-    if step % 10:
-        return False
-    votes = torch.tensor(float(stop), device=accelerator.device)
+    return _any(stop, accelerator) if step % 10 == 0 else False
+
+
+def _any(vote: bool, accelerator: Accelerator) -> bool:
+    """Whether any process votes for it; all of them have to ask."""
+    if accelerator.num_processes == 1:
+        return vote
+    votes = torch.tensor(float(vote), device=accelerator.device)
     return bool(accelerator.reduce(votes, reduction="sum") > 0)
+
+
+@contextmanager
+def out_of_memory_told(told: Callable[[], str]) -> Iterator[None]:
+    """Turn every allocator's way to say that memory is short into one line with what to do.
+
+    A GPU has an error of its own; the CPU's and Apple's allocators raise a plain one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search(
+            "can't allocate memory|out of memory", str(error)
+        ):
+            raise
+        raise UserError(told()) from None

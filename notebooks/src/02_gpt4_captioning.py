@@ -25,6 +25,7 @@
 # - how to draw a sample that is random, repeatable, and blind to the order of files;
 # - what a captioner is asked, and what the answer has to look like to be kept;
 # - what captions cost, counted by hand;
+# - what happens when a server fails, or the money ends, tried on a server of your own;
 # - how a caption crosses the domains: tom becomes a cat, jerry a mouse;
 # - how well one can guess captions **without looking**, the floor that BLIP has to beat.
 #
@@ -53,16 +54,32 @@ if "google.colab" in sys.modules and importlib.util.find_spec("tomjerry_utils") 
     sys.path.insert(0, course)
 
 # %%
+import json
 import math
 import random
 import re
+import tempfile
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from tomjerry_utils import canvas, captioner, captions, collect, figures, scenes, spending
+from tomjerry_utils import (
+    UserError,
+    canvas,
+    caption_answers,
+    captioner,
+    captions,
+    collect,
+    figures,
+    scenes,
+    spending,
+    widgets,
+)
 from tomjerry_utils.lessons import check, compare
 from tomjerry_utils.profiles import load_profile
 
@@ -165,11 +182,11 @@ saved = figures.save_figure(
 # %%
 # NBVAL_CHECK_OUTPUT
 version = settings.captions.prompt_version
-words = captioner.PROMPTS[version].split()
+words = caption_answers.PROMPTS[version].split()
 print(f"instruction {version}, {len(words)} words:")
 for start in range(0, len(words), 15):
     print("  " + " ".join(words[start : start + 15]))
-print("answer:", ", ".join(captioner.SCHEMA["properties"]), "and nothing else")
+print("answer:", ", ".join(caption_answers.SCHEMA["properties"]), "and nothing else")
 
 # %% [markdown]
 # The answer must fit a schema (*structured output*), so that "Sure! Here is a caption:" can't end
@@ -181,8 +198,8 @@ print("answer:", ", ".join(captioner.SCHEMA["properties"]), "and nothing else")
 # can be done by hand. For a picture of 512 × 512 pixels:
 
 # %%
-side = captioner.LONGEST_SIDE
-text_tokens = (len(captioner.PROMPTS[version]) + len(str(captioner.SCHEMA))) // 3
+side = caption_answers.LONGEST_SIDE
+text_tokens = (len(caption_answers.PROMPTS[version]) + len(str(caption_answers.SCHEMA))) // 3
 bill = {}
 for model in ("gpt-4o", "gpt-4o-mini", "gpt-4.1", "gpt-4.1-mini"):
     price = spending.PRICES[model]
@@ -205,18 +222,118 @@ for model, (tokens, dollars) in bill.items():
     )
 
 # %% [markdown]
-# So the poster's 1200 captions are a matter of a few dollars today. Still nothing is sent by
-# accident: with the source `openai` this notebook stops until `TOMJERRY_CAPTION_BUDGET` names the
-# dollars that may be spent; every request is written down with its worst price *before* it is sent;
-# what has been answered is never asked again. Pictures of your own are captioned from the command
-# line, with the key in `OPENAI_API_KEY`:
+# So the poster's 1200 captions are a matter of a few dollars today, and half of that as a *batch*,
+# whose answers come within a day. Pictures of your own are captioned from the command line, with
+# the key in `OPENAI_API_KEY`; the first of these lines sends nothing and needs no key:
 #
 # ```bash
-# tomjerry caption run --images my_frames --base-url https://api.openai.com/v1 \
-#     --model gpt-4.1-mini --budget 2.00 --concurrency 8 --out my_captions
+# tomjerry caption estimate --images my_frames --model gpt-4.1-mini
+# tomjerry caption run      --images my_frames --model gpt-4.1-mini --budget 2.00 --out my_captions
+# tomjerry caption batch    --images my_frames --model gpt-4.1-mini --budget 1.00 --out my_captions
+# tomjerry caption review   --images my_frames --out my_captions
 # ```
 #
-# ## 4 · Across the domains
+# `--base-url` takes any server that speaks this language, such as vLLM, Ollama or llama.cpp on your
+# own machine. What such a server lacks is found out and done without: first the schema, then JSON,
+# then plain lines, which are read strictly: an answer that does not fit is refused, never guessed.
+#
+# ## 4 · When a server fails
+#
+# Servers answer too late, too often "not now", sometimes nonsense, and a program that asks 1200
+# times meets all of it. Three rules keep the money safe:
+#
+# 1. Every request is written down with its **worst price before it is sent**, and again with its
+#    true price when the answer is here. The sum never passes the budget, whatever is under way.
+# 2. **What has an answer is never asked again**: not after a crash, not by a second process.
+# 3. What can't be known, because a connection was cut, counts as paid, and is listed as such.
+#
+# You need no key to see them work. Here is a server on this machine which speaks the language of
+# OpenAI's Responses API. It knows the true captions, and it is unreliable: some pictures get an
+# error first, some a "not now, in a tenth of a second" (429 with `Retry-After`), and one is
+# refused.
+
+# %%
+sample = written.rows[:: max(1, len(written.rows) // 24)][:24]
+url_of = [captioner.encode(collection.folder / r["file_name"], 512)[0] for r in sample]
+asked: Counter = Counter()  # how often the server was asked about each picture
+
+
+def reply_to(number: int) -> tuple[int, dict]:
+    """Status and body of the server's answer about a picture."""
+    if asked[number] == 1 and number % 6 in (1, 4):
+        return (500 if number % 6 == 1 else 429), {"error": {"message": "not now"}}
+    answer = {k: sample[number][k] for k in ("subjects", "action", "place", "caption")}
+    part = {"type": "output_text", "text": json.dumps(answer), "annotations": []}
+    if number == 11:
+        part = {"type": "refusal", "refusal": "I can't help with that."}
+    message = {"type": "message", "id": "m", "role": "assistant", "content": [part]}
+    used = {"input_tokens": 400, "output_tokens": 40, "total_tokens": 440}
+    return 200, {"id": "r", "status": "completed", "output": [message], "usage": used}
+
+
+# %%
+class Unreliable(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        number = url_of.index(body["input"][0]["content"][0]["image_url"])
+        asked[number] += 1
+        status, answer = reply_to(number)
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        if status == 429:
+            self.send_header("Retry-After", "0.1")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_) -> None:
+        """One line a request would flood the page."""
+
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Unreliable)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+
+# %%
+place = tempfile.TemporaryDirectory()
+images, out = Path(place.name) / "images", Path(place.name) / "out"
+images.mkdir()
+for number, row in enumerate(sample):
+    picture = collection.folder / row["file_name"]
+    (images / f"{number:02d}{picture.suffix}").write_bytes(picture.read_bytes())
+ask = {"base_url": f"http://127.0.0.1:{server.server_port}/v1", "model": "gpt-4.1"}
+made = captions.caption_folder(images, out, budget=1.0, **ask)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+print(f"{len(made.rows)} captions, {len(made.set_aside)} set aside, {made.usd:.4f} USD")
+print(f"{asked.total()} requests for {len(asked)} pictures")
+for row in made.set_aside:
+    print(f"{row['file_name']}: {row['reason']}")
+again = captions.caption_folder(images, out, budget=1.0, **ask)
+print(f"run again: {asked.total()} requests, nothing new")
+assert [row["caption"] for row in again.rows] == [
+    row["caption"] for number, row in enumerate(sample) if number != 11
+]
+
+# %% [markdown]
+# And when the money ends? A budget for about five captions, in a new folder:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+each = spending.PRICES["gpt-4.1"].usd(400, 40)
+try:
+    captions.caption_folder(images, Path(place.name) / "poor", budget=5.5 * each, **ask)
+except UserError as stop:
+    print(stop)
+server.shutdown()
+
+# %% [markdown]
+# The last request that would have fitted is not sent when its *worst* price does not fit: an answer
+# may be longer than expected. In the course itself the same holds: with the source `openai` this
+# notebook stops until `TOMJERRY_CAPTION_BUDGET` names the dollars that may be spent. Answers are
+# kept beside the runs, so that without a key the course runs on what has been recorded.
+#
+# ## 5 · Across the domains
 #
 # A caption is what a cartoon and a photograph can share: *running in the kitchen* means the same in
 # both. Only the names differ. So the caption of a cartoon becomes the wish for its photograph by
@@ -241,7 +358,7 @@ for row in [picked[label] for label in scenes.LABELS[:3] if label in picked]:
 # The package's `captions.to_target` does a little more for captions written by a model: capitals,
 # and a second mention that needs "the". Neither touches *tomato*: `\b` marks a word's edge.
 #
-# ## 5 · What the captions are like
+# ## 6 · What the captions are like
 
 # %%
 facts = captions.statistics(written.rows)
@@ -277,7 +394,24 @@ print(f"vocabulary {facts['vocabulary']} words, {facts['words']['mean']:.2f} a c
 print(f"balance of the actions {facts['balance']:.3f} (1 = all equally common)")
 
 # %% [markdown]
-# ## 6 · Captions without looking
+# ## 7 · Read before you train
+#
+# A model's captions are wrong now and then, and BLIP would learn it. So read some. In a live
+# notebook the next cell shows one picture after the other with buttons to accept, edit or reject
+# (Tab and Enter are enough); every decision is written at once, and the stage applies them when it
+# runs next. A stored notebook shows the first rows as a table. For a folder of your own, `tomjerry
+# caption review` writes the same as a page for the browser.
+
+# %%
+widgets.review(
+    written.recorded,
+    lambda row: collection.images([by_name[row["file_name"]]], max(64, settings.image_size))[0],
+    captions.review_path(settings),
+    limit=5,
+)
+
+# %% [markdown]
+# ## 8 · Captions without looking
 #
 # In the next notebook BLIP learns to write these captions, and its loss will be the mean of
 # $-\log p$ over the words. How small must it be to be worth anything? Here is a captioner that is
@@ -411,7 +545,8 @@ check(
 #
 # - The sample is random, repeatable, and independent of the order of files.
 # - Every caption says who wrote it. A description taken from the scene is never called "gpt-4".
-# - The cost is known before the first request, and kept within a budget.
+# - The cost is known before the first request, and kept within a budget, whatever the server does.
+# - What has been answered is never asked again; what may have been paid for is listed.
 # - A blind guesser gets most words of a caption right; only the slots show who can see.
 
 # %%
