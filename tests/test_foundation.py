@@ -12,7 +12,16 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from tomjerry_utils import UserError, blip, compare, foundation, ldm, metrics, scenes, structure
+from tomjerry_utils import (
+    UserError,
+    blip_training,
+    compare,
+    foundation,
+    ldm,
+    metrics,
+    scenes,
+    structure,
+)
 from tomjerry_utils import autoencoder as ae
 from tomjerry_utils.images import save_image, to_tensor
 from tomjerry_utils.profiles import load_profile
@@ -63,10 +72,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOMJERRY_ROOT", str(root))
         patch.setattr(foundation, "PICTURES", few)
-        for module in (foundation, blip, ldm):
+        for module in (foundation, blip_training, ldm):
             patch.setattr(module, "train", functools.partial(unwarmed, module.train))
         for name, options in foundation.STEPS.items():
-            small = {"steps": 2, "decoder_steps": 2, "batch_size": 4}
+            small = {"steps": 2, "decoder_steps": 2, "further_steps": 2, "batch_size": 4}
             patch.setitem(foundation.STEPS, name, {**options, **small})
         for name in ("autoencoder", "structure", "blip", "denoiser"):
             assert foundation.make(name) == root / "data" / "foundation" / name

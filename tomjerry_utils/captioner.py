@@ -265,8 +265,8 @@ class Session:
         each *= BATCH_SHARE if batch else 1.0
         log(
             f"captions: {total} pictures, {left} to ask {self.source.model} about for roughly "
-            f"${left * each:.2f} (prices of {PRICES_OF}); ${self.store.booked:.4f} of "
-            f"${self.source.budget:.2f} are booked already"
+            f"{_dollars(left * each)} (prices of {PRICES_OF}); ${self.store.booked:.4f} of "
+            f"{_dollars(self.source.budget)} are booked already"
         )
         if lost := self.store.possibly_paid():
             worst = sum(row["usd"] for row in lost)
@@ -280,7 +280,7 @@ class Session:
         waiting = self.store.in_batches
         inside = f" ({waiting} requests in batches at their worst price)" if waiting else ""
         return UserError(
-            f"the budget of ${self.source.budget:.2f} does not hold another request: "
+            f"the budget of {_dollars(self.source.budget)} does not hold another request: "
             f"${self.store.booked:.4f} are booked{inside}; run again with a larger --budget to go "
             "on, nothing is asked twice"
         )
@@ -302,3 +302,8 @@ def encode(path: Path, longest_side: int) -> tuple[str, tuple[int, int]]:
     image.save(buffer, kind, quality=92)
     text = base64.b64encode(buffer.getvalue()).decode()
     return f"data:image/{kind};base64,{text}", image.size
+
+
+def _dollars(amount: float) -> str:
+    """$2.00, but $0.0062: two digits would make small budgets look spent, or unspent."""
+    return f"${amount:.2f}" if amount >= 1 else f"${amount:.4f}"

@@ -32,7 +32,7 @@
 # | profile | time | memory | disk | cost |
 # |---|---|---|---|---|
 # | `smoke` | half a minute | 0.8 GB | 10 MB | nothing |
-# | `mini` | 1 minute on two cores | 1 GB | 10 MB | nothing |
+# | `mini` | 4 minutes on two cores | 1 GB | 10 MB | nothing |
 # | `colab` | about an hour on a T4 (estimate) | 12 GB of GPU | 2 GB | nothing |
 # | `paper` | the poster: 15 hours on an A40 | 24 GB of GPU | 2 GB | nothing |
 #
@@ -225,7 +225,9 @@ curves = {
 curves["caption, held out"] = tuple(
     [row[key] for row in run.evaluations] for key in ("step", "held_out")
 )
-figure = figures.curve(curves, y_label="loss, nats", title="BLIP learns to write, tell and match")
+figure = figures.curve(
+    curves, y_label="loss, nats", title="BLIP learns to write, tell and match", log=True
+)
 saved = figures.save_figure(
     figure,
     "blip_training",
@@ -258,7 +260,7 @@ titles = [
     ]
     for row in examples
 ]
-figure = figures.contact_sheet(pictures, titles, columns=3, cell=2.3, font_size=9, gap=0.2)
+figure = figures.contact_sheet(pictures, titles, columns=6, cell=1.6, font_size=8, gap=0.15)
 saved = figures.save_figure(
     figure,
     "captions_before_after",
@@ -286,6 +288,12 @@ for domain in scores["after"]["by_domain"]:
         print(f"{domain:<9} {slot:<10}" + "".join(f"   {text}" for text in texts))
 
 # %% [markdown]
+# Before, *who* is always wrong: the zoo has animals, but no names. It even taught this tower that
+# proportions mean nothing, since any animal may have any ears. To tell a mouse from a cat it has to
+# unlearn that, from the captions alone, and natural subjects stay the hardest slot. So notebooks 04
+# and 05 never take the **class** from a caption: it comes from the data, or from the parts of the
+# animals that a network sees.
+#
 # Whole sentences are usually compared by their n-grams. **BLEU-4** counts which runs of one to four
 # words also stand in the true caption. **CIDEr** weighs each n-gram by how rare it is, so that
 # *the* counts for little and *jerry* for much, and takes the cosine of the two weighted counts:
@@ -473,6 +481,26 @@ saved = figures.save_figure(
 )
 
 # %% [markdown]
+# The similarity tells a picture's own caption from another's nearly always. But among the best
+# captions a higher cosine is hardly more often right, so it must not be read as a probability. What
+# do the wrong first captions get wrong? One line for each slot:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+scored = [rows[row["file_name"]] for row in run.before_after]
+choices = sorted(set(corpus))
+table = blip_scores.similarities(run.blip, collection.images(scored, size), choices)
+first = [choices[at] for at in table.argmax(1)]
+wrong = [i for i, text in enumerate(corpus) if first[i] != text]
+hits = blip_scores.slot_hits([first[i] for i in wrong], [corpus[i] for i in wrong])
+for slot, values in hits.items():
+    print(f"{slot:<10} wrong in {1 - values.mean():.3f} of the {len(wrong)} wrong first captions")
+
+# %% [markdown]
+# The decoder, which looks at places, hardly ever errs there; the contrastive vector is one summary
+# of the picture, and keeps *who* and *where* better than *which way*. Notebook 05 therefore holds
+# the posture by its maps, and asks the similarity for the rest.
+#
 # ### Across the domains
 #
 # The question that decides whether notebook 05 can work: BLIP reads a **cartoon** and writes its
@@ -495,7 +523,7 @@ found = metrics.find_twins(
     lambda images: [blip.to_natural(text) for text in run.blip.generate(images)],
     sets=5 if profile != "smoke" else 1,
     size=size,
-    examples=4,
+    examples=2,
 )
 
 # %%
@@ -517,13 +545,13 @@ figure = figures.contact_sheet(
     columns=4,
     column_titles=["cartoon and its caption, mapped", "most similar", "second", "third"],
     frames=frames,
-    cell=1.7,
-    font_size=8.5,
+    cell=1.3,
+    font_size=8,
 )
 saved = figures.save_figure(
     figure,
     "twin_search",
-    alt="Four cartoons with the captions that BLIP wrote, and beside each the three natural "
+    alt="Two cartoons with the captions that BLIP wrote, and beside each the three natural "
     "pictures of 100 that are most similar to the caption; a green frame where the first is right.",
     run=settings,
     notebook="03_blip_finetuning",
@@ -544,8 +572,8 @@ for label in ("tom", "jerry", "tom_jerry"):
     print(f"{row['file_name']}\n  {row['caption']}\n  -> {row['natural']}")
 
 # %%
-step = max(1, len(run.captions) // 18)
-some = run.captions[::step][:18]
+step = max(1, len(run.captions) // 12)
+some = run.captions[step // 2 :: step][:12]
 figure = figures.contact_sheet(
     collection.images([rows[row["file_name"]] for row in some], max(64, size)),
     [row["caption"] for row in some],
@@ -557,16 +585,42 @@ figure = figures.contact_sheet(
 saved = figures.save_figure(
     figure,
     "captions_gallery",
-    alt="Eighteen pictures at even distances through the whole collection, generated scenes, real "
-    "drawings, photographs and film frames, each with the caption that BLIP wrote for it.",
+    alt="Twelve pictures at even distances through the collection, cartoons and natural ones, "
+    "each with the caption that BLIP wrote for it.",
     run=settings,
     notebook="03_blip_finetuning",
 )
 
 # %% [markdown]
-# The gallery goes through everything that was collected. Real drawings and film frames are
-# described in the words of the generated scenes, the only ones that this small model has: look at
-# what it says about pictures from outside its world, and believe none of it unseen.
+# Those are pictures of its own world. The starter set and the film clip are not: real drawings,
+# real photographs and film frames, which it has never seen. It has no other words for them, and no
+# way to say that it does not know:
+
+# %%
+outside = []
+for source, domain, count in (
+    ("starter", "cartoon", 7),
+    ("starter", "natural", 2),
+    ("clip", None, 3),
+):
+    found_there = collection.select(source=source, domain=domain)
+    outside += found_there[:: max(1, len(found_there) // count)][:count]
+if outside:
+    shown = collection.images(outside, 128)
+    written = run.blip.generate(collection.images(outside, size))
+    figure = figures.contact_sheet(shown, written, columns=6, cell=1.3, font_size=7.5, gap=0.15)
+    saved = figures.save_figure(
+        figure,
+        "captions_outside",
+        alt="Real drawings, photographs and film frames from outside the generated world, each "
+        "with the caption that BLIP wrote: always in that world's words, right only by chance.",
+        run=settings,
+        notebook="03_blip_finetuning",
+    )
+
+# %% [markdown]
+# So captions of pictures unlike the training set are worth nothing here. With the profiles `colab`
+# and `paper` BLIP-base knows the wide world, and the captions come from a model that has seen it.
 
 # %% [markdown]
 # ## Check yourself
@@ -652,16 +706,18 @@ slots = {
     for domain, each in scores["after"]["by_domain"].items()
     for slot, part in each.items()
 }
-wanted = {"subject": 0.98, "action": 0.95, "direction": 0.95, "place": 0.9}
-table = {
+wanted = {"subject": 0.94, "action": 0.95, "direction": 0.95, "place": 0.9}
+expected = {
     what: (got, {"smoke": (0, 1), "mini": (wanted[what.split(",")[0]], 1)})
     for what, got in slots.items()
 }
+everyone = scores["after"]["slots"]["subject"]["value"]
 loss = scores["after"]["loss"]
 compare(
     profile,
     {
-        **table,
+        **expected,
+        "subject, both domains": (everyone, {"smoke": (0, 1), "mini": (0.96, 1)}),
         "CIDEr-D / the truth's": (
             scores["after"]["cider_d"]["value"] / truth,
             {"smoke": (0, 1), "mini": (0.8, 1)},
