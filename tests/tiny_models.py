@@ -98,7 +98,7 @@ def tune_blip(model: Blip, data: Captioned, folder: Path, **settings: Any) -> Tr
     from tomjerry_utils import blip
 
     plain: dict[str, Any] = {
-        "steps": 120,
+        "steps": 180,
         "batch_size": 12,
         "learning_rate": 4e-3,
         "warmup_steps": 5,

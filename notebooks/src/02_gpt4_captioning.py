@@ -24,8 +24,7 @@
 #
 # - how to draw a sample that is random, repeatable, and blind to the order of files;
 # - what a captioner is asked, and what the answer has to look like to be kept;
-# - what captions cost, counted by hand;
-# - what happens when a server fails, or the money ends, tried on a server of your own;
+# - what captions cost, counted by hand, and what happens when a server fails or the money ends;
 # - how a caption crosses the domains: tom becomes a cat, jerry a mouse;
 # - how well one can guess captions **without looking**, the floor that BLIP has to beat.
 #
@@ -68,18 +67,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from tomjerry_utils import (
-    UserError,
-    canvas,
-    caption_answers,
-    captioner,
-    captions,
-    collect,
-    figures,
-    scenes,
-    spending,
-    widgets,
-)
+from tomjerry_utils import UserError, canvas, caption_answers, captioner, captions, collect
+from tomjerry_utils import figures, scenes, spending, widgets
 from tomjerry_utils.lessons import check, compare
 from tomjerry_utils.profiles import load_profile
 
@@ -302,15 +291,16 @@ for number, row in enumerate(sample):
     (images / f"{number:02d}{picture.suffix}").write_bytes(picture.read_bytes())
 ask = {"base_url": f"http://127.0.0.1:{server.server_port}/v1", "model": "gpt-4.1"}
 made = captions.caption_folder(images, out, budget=1.0, **ask)
+requests = asked.total()
+again = captions.caption_folder(images, out, budget=1.0, **ask)
 
 # %%
 # NBVAL_CHECK_OUTPUT
 print(f"{len(made.rows)} captions, {len(made.set_aside)} set aside, {made.usd:.4f} USD")
-print(f"{asked.total()} requests for {len(asked)} pictures")
+print(f"{requests} requests for {len(asked)} pictures")
 for row in made.set_aside:
     print(f"{row['file_name']}: {row['reason']}")
-again = captions.caption_folder(images, out, budget=1.0, **ask)
-print(f"run again: {asked.total()} requests, nothing new")
+print(f"run again: {asked.total() - requests} more")
 assert [row["caption"] for row in again.rows] == [
     row["caption"] for number, row in enumerate(sample) if number != 11
 ]
@@ -319,13 +309,16 @@ assert [row["caption"] for row in again.rows] == [
 # And when the money ends? A budget for about five captions, in a new folder:
 
 # %%
-# NBVAL_CHECK_OUTPUT
 each = spending.PRICES["gpt-4.1"].usd(400, 40)
 try:
     captions.caption_folder(images, Path(place.name) / "poor", budget=5.5 * each, **ask)
 except UserError as stop:
-    print(stop)
+    told = str(stop)
 server.shutdown()
+
+# %%
+# NBVAL_CHECK_OUTPUT
+print(told)
 
 # %% [markdown]
 # The last request that would have fitted is not sent when its *worst* price does not fit: an answer

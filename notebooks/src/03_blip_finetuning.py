@@ -313,6 +313,7 @@ def grams(text: str, n: int) -> Counter:
     return Counter(zip(*(words[i:] for i in range(n)), strict=False))
 
 
+# %%
 def cider(candidate: str, true: str) -> float:
     parts = []
     for n in (1, 2, 3, 4):
@@ -454,6 +455,8 @@ for name in ("before", "after"):
 # %%
 trust = scores["after"]["similarity"]
 own, other = trust["own"], trust["another"]
+
+# %%
 with mpl.rc_context(canvas.style()):
     figure = Figure(figsize=(8.6, 3.1), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
@@ -700,7 +703,6 @@ check(
 #   on to.
 
 # %%
-# NBVAL_CHECK_OUTPUT
 slots = {
     f"{slot}, {domain}": part["value"]
     for domain, each in scores["after"]["by_domain"].items()
@@ -713,6 +715,9 @@ expected = {
 }
 everyone = scores["after"]["slots"]["subject"]["value"]
 loss = scores["after"]["loss"]
+
+# %%
+# NBVAL_CHECK_OUTPUT
 compare(
     profile,
     {
