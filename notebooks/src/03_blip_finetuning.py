@@ -602,9 +602,9 @@ saved = figures.save_figure(
 # %%
 outside = []
 for source, domain, count in (
-    ("starter", "cartoon", 7),
-    ("starter", "natural", 2),
-    ("clip", None, 3),
+    ("starter", "cartoon", 3),
+    ("starter", "natural", 1),
+    ("clip", None, 2),
 ):
     found_there = collection.select(source=source, domain=domain)
     outside += found_there[:: max(1, len(found_there) // count)][:count]
