@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from caption_server import Server
     from tiny_models import Captioned
 
     from tomjerry_utils.blip import Blip
@@ -50,6 +52,30 @@ def fresh_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "runs"
     monkeypatch.setenv("TOMJERRY_RUNS", str(folder))
     return folder
+
+
+@pytest.fixture
+def own_runs(session_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run root for one test, with the pictures that the session has collected, and no money."""
+    from tomjerry_utils import collect
+    from tomjerry_utils.profiles import load_profile
+
+    made = collect.ensure(load_profile("smoke"))
+    shutil.copytree(made.folder, tmp_path / "runs" / "smoke" / made.folder.name)
+    monkeypatch.setenv("TOMJERRY_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("TOMJERRY_CAPTION_BUDGET", raising=False)
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A loopback server that behaves like OpenAI's, and the key to it in the environment."""
+    from caption_server import KEY, serving
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from caption_server import (
     hang_up,
     no_json,
     pictures,
-    serving,
     waiting,
 )
 
@@ -38,12 +36,9 @@ from tomjerry_utils import (
 HALF = 0.5 * (400 * 2.5 + 40 * 10) / 1e6  # dollars that an answer costs in a batch
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_server, "LONGEST_WAIT", 0.01)
-    with serving() as made:
-        yield made
 
 
 def source(server: Server, folder: Path, **changes: Any) -> captioner.OpenAISource:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from caption_server import KEY, Server, pictures, serving
+from caption_server import KEY, Server, pictures
 from PIL import Image
 
 from tomjerry_utils import UserError, caption_estimate, captions, spending
 from tomjerry_utils.caption_answers import request_tokens
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with serving() as made:
-        yield made
 
 
 def sized(folder: Path, **sizes: tuple[int, int]) -> Path:

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from caption_server import KEY, Server, pictures, serving
+from caption_server import Server, pictures
 
 from tomjerry_utils import UserError, caption_files, captions, collect
 from tomjerry_utils.caption_review import decide, write_decisions
 from tomjerry_utils.captioner import Caption, OpenAISource
 from tomjerry_utils.profiles import Profile, load_profile
 from tomjerry_utils.runs import hash_file, read_jsonl, read_provenance
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with serving() as made:
-        yield made
-
-
-@pytest.fixture
-def own_runs(session_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run root for one test, with the pictures that the session has collected."""
-    made = collect.ensure(load_profile("smoke"))
-    shutil.copytree(made.folder, tmp_path / "runs" / "smoke" / made.folder.name)
-    monkeypatch.setenv("TOMJERRY_RUNS", str(tmp_path / "runs"))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("TOMJERRY_CAPTION_BUDGET", raising=False)
-    return tmp_path / "runs"
 
 
 def run(server: Server, images: Path, out: Path, **changes: Any) -> captions.Captions:

@@ -5,22 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from caption_server import KEY, Server, pictures, serving
+from caption_server import Server, pictures
 
 from tomjerry_utils import UserError, captions
 from tomjerry_utils.runs import hash_file, read_jsonl
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with serving() as made:
-        yield made
 
 
 def as_csv(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +32,6 @@ from caption_server import (
     no_json,
     picture_of,
     pictures,
-    serving,
     waiting,
     well,
 )
@@ -59,22 +57,6 @@ FIELDS = [
 ]
 
 EACH = (400 * 2.5 + 40 * 10) / 1e6  # dollars that an answer costs
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with serving() as made:
-        yield made
-
-
-@pytest.fixture
-def own_runs(session_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run root for one test, with the pictures that the session has collected."""
-    made = collect.ensure(load_profile("smoke"))
-    shutil.copytree(made.folder, tmp_path / "runs" / "smoke" / made.folder.name)
-    monkeypatch.setenv("TOMJERRY_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
 
 
 @pytest.fixture

@@ -13,13 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from caption_server import KEY, Server, pictures, serving
+from caption_server import Server, pictures
 from PIL import Image
 
 from tomjerry_utils import UserError, __version__, cli, draw, scenes
@@ -302,13 +301,6 @@ def test_scenes_without_truth_and_again(capsys: pytest.CaptureFixture[str], tmp_
 
 
 # ---- caption -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with serving() as made:
-        yield made
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -100,11 +100,15 @@ def augment(
     grid = F.affine_grid(moves, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     gain, shift = 0.08 * torch.randn(2, count, 3, 1, 1, generator=generator)
-    other = {"left": "right", "right": "left"}
-    turned = [re.sub(r"\b(left|right)\b", lambda m: other[m[0]], text) for text in texts]
     return (images * (1 + gain) + shift).clamp(-1, 1), [
-        turned[i] if flip[i] else texts[i] for i in range(count)
+        mirrored_text(text) if flip[i] else text for i, text in enumerate(texts)
     ]
+
+
+def mirrored_text(text: str) -> str:
+    """A caption as it reads for the mirrored picture."""
+    other = {"left": "right", "right": "left"}
+    return re.sub(r"\b(left|right)\b", lambda side: other[side[0]], text)
 
 
 def fine_tune(

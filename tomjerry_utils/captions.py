@@ -15,10 +15,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tomjerry_utils import UserError, collect
-from tomjerry_utils.caption_answers import LONGEST_SIDE, Api
+from tomjerry_utils.caption_answers import LONGEST_SIDE
 from tomjerry_utils.caption_files import (
     CAPTIONS,
     REVIEW,
@@ -101,42 +101,21 @@ def store_path(profile: Profile) -> Path:
 
 
 def caption_folder(
-    images: Path,
-    out: Path,
-    *,
-    base_url: str,
-    model: str,
-    budget: float,
-    concurrency: int = 8,
-    prompt_version: str = "v1",
-    price: tuple[float, float] | None = None,
-    detail: Detail = "auto",
-    longest_side: int = LONGEST_SIDE,
-    timeout: float = 60.0,
-    api: Api | Literal["auto"] = "auto",
+    images: Path, out: Path, *, base_url: str, model: str, budget: float, **options: Any
 ) -> Captions:
     """`tomjerry caption run`: caption all pictures of a folder, never above the budget.
 
     Answers are kept in `out/store.jsonl`; another run into the same folder goes on where this one
     stopped, also while this one runs, and the budget counts what was spent by all.
 
+    Args:
+        options: further settings of `captioner.OpenAISource`.
+
     Raises:
         UserError: no pictures, no key, an unknown price, a server that is not there, or the budget
             is spent; what has arrived is written first.
     """
-    source = OpenAISource(
-        out / STORE,
-        model,
-        base_url,
-        budget,
-        concurrency=concurrency,
-        prompt_version=prompt_version,
-        price=price,
-        detail=detail,
-        timeout=timeout,
-        longest_side=longest_side,
-        api=api,
-    )
+    source = OpenAISource(out / STORE, model, base_url, budget, **options)
     return write_captions(source, _rows_of(images, out), images, out, paid=source)
 
 
@@ -147,14 +126,9 @@ def batch_folder(
     base_url: str,
     model: str,
     budget: float,
-    concurrency: int = 8,
-    prompt_version: str = "v1",
-    price: tuple[float, float] | None = None,
-    detail: Detail = "auto",
-    longest_side: int = LONGEST_SIDE,
-    timeout: float = 60.0,
     wait: bool = True,
     poll: float = 30.0,
+    **options: Any,
 ) -> Captions:
     """`tomjerry caption batch`: as `caption_folder`, by the batch interface at half the price.
 
@@ -163,24 +137,14 @@ def batch_folder(
         wait: until all batches have ended; else hand in, take what is ready, and return: what is
             still in a batch is set aside as "pending", and the next call takes it.
         poll: seconds between looks at the batches.
+        options: further settings of `captioner.OpenAISource`.
 
     Raises:
         UserError: as `caption_folder`.
     """
     from tomjerry_utils.caption_batches import run_batches
 
-    source = OpenAISource(
-        out / STORE,
-        model,
-        base_url,
-        budget,
-        concurrency=concurrency,
-        prompt_version=prompt_version,
-        price=price,
-        detail=detail,
-        timeout=timeout,
-        longest_side=longest_side,
-    )
+    source = OpenAISource(out / STORE, model, base_url, budget, **options)
 
     def batches(rows: Sequence[dict[str, Any]], images: Path) -> Iterator[Caption]:
         left = {row["file_name"] for row in rows}

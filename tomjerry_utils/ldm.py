@@ -29,6 +29,7 @@ from tomjerry_utils.autoencoder import (
     factor_of,
     load_autoencoder,
 )
+from tomjerry_utils.blip_training import mirrored_text
 from tomjerry_utils.denoiser import (
     NO_CLASS,
     Batch,
@@ -448,12 +449,6 @@ def sample_classes(
         with torch.no_grad():
             out[label] = to_uint8(decode(vae, latents))
     return out
-
-
-def mirrored_text(text: str) -> str:
-    """A caption as it reads for the mirrored picture."""
-    swap = {"left": "right", "right": "left"}
-    return " ".join(swap.get(word, word) for word in text.split())
 
 
 def train_foundation(
