@@ -140,6 +140,7 @@ class Pictures:
                 "group": f"shot {i // 4}",
                 "split": "validation" if i < known else "train",
                 "text": f"true {i}" if i < known else None,
+                "label": (None, "mouse", "tom_jerry")[i % 3],
             }
             for i in range(40)
         ]
@@ -152,7 +153,9 @@ class Pictures:
 
 
 def split(pictures: Pictures, first: int, fraction: float, stopping: float) -> list[list[Any]]:
-    return list(blip._split(pictures, pictures.written(first), fraction, stopping))  # type: ignore[arg-type]
+    """Pictures to learn captions from, to stop by and to score; without those for labels alone."""
+    learn, _, *others = blip._split(pictures, pictures.written(first), fraction, stopping)  # type: ignore[arg-type]
+    return [learn, *others]
 
 
 def groups(rows: list[dict[str, Any]]) -> set[str]:
@@ -200,3 +203,20 @@ def test_no_more_than_a_fixed_number_is_scored(monkeypatch: pytest.MonkeyPatch) 
     assert len(held) == 3
     assert len(learn) + len(stop) == 32
     assert not (groups(learn) | groups(stop)) & {"shot 0", "shot 1"}
+
+
+def test_labels_are_learnt_from_training_pictures_without_a_caption() -> None:
+    pictures = Pictures(known=8)
+    learn, labelled, stop, _ = blip._split(pictures, pictures.written(22), 0.2, 0.2)  # type: ignore[arg-type]
+    assert {row["text"] for row in labelled} == {"a mouse", "tom and jerry"}
+    for row in labelled:
+        assert row["text"] == {"mouse": "a mouse", "tom_jerry": "tom and jerry"}[row["label"]]
+        assert row["split"] == "train"
+    # From the ninth, the first after the validation split, to the last without a caption.
+    named = [i for i in range(8, 22) if i % 3]
+    at_stop = [row["file_name"] for row in pictures.rows if row["group"] in groups(stop)]
+    assert [row["file_name"] for row in labelled] == [
+        f"{i}.png" for i in named if f"{i}.png" not in at_stop
+    ]
+    assert not groups(labelled) & groups(stop)
+    assert not {row["file_name"] for row in labelled} & {row["file_name"] for row in learn}

@@ -165,6 +165,66 @@ def test_without_contrast_the_loss_is_the_caption_loss(
     assert moved == set(model.parts()) - set(heads)
 
 
+def test_a_label_teaches_its_words_and_not_that_the_caption_ends(noise: np.ndarray) -> None:
+    """By hand: the words of the opening count, the end token and the pads do not."""
+    model = tiny_blip()
+    openings = ["a mouse", "tom and jerry", "a mouse"]
+    ids, mask = model.tokens(openings, decode=True)
+    with torch.no_grad():
+        logits = model.captioner.text_decoder(
+            ids, attention_mask=mask, encoder_hidden_states=model.vision_features(noise)
+        ).logits
+    picked = -logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    words = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]])
+    assert picked.shape == words.shape
+    expected = (picked * words).sum() / words.sum()
+    found = model.caption_loss(noise, openings, begun=True)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found.item() != pytest.approx(model.caption_loss(noise, openings).item(), rel=1e-3)
+
+    generator = torch.Generator().manual_seed(0)
+    loss, parts = joint_loss(
+        model,
+        noise,
+        TEXTS,
+        contrastive_weight=0.3,
+        generator=generator,
+        labelled=(noise, openings),
+    )
+    assert list(parts) == ["caption", "label", "contrastive", "matching"]
+    assert parts["label"].item() == pytest.approx(found.item(), rel=1e-5)
+    rest = parts["caption"] + 0.3 * (parts["contrastive"] + parts["matching"])
+    torch.testing.assert_close(loss.detach(), rest + blip_training.LABEL_WEIGHT * parts["label"])
+
+
+def test_pictures_with_labels_alone_teach_the_subject(dozen: Captioned, tmp_path: Path) -> None:
+    """Two captioned pictures, the rest labelled: who it is can only be learnt from the labels."""
+    openings = [text[: text.index(" is")] for text in dozen.texts if " is" in text]
+    singles = [i for i, text in enumerate(dozen.texts) if " is" in text]
+    assert len(set(openings)) > 1
+
+    def begins_right(labelled: bool, folder: Path) -> float:
+        model = tiny_blip()
+        few = Captioned(dozen.images[:2], dozen.texts[:2])
+        tune_blip(
+            model,
+            few,
+            folder,
+            steps=60,
+            warmup_steps=5,
+            batch_size=2,
+            contrastive_weight=0.0,
+            labelled=(dozen.images[singles], openings) if labelled else None,
+            label_batch_size=8,
+        )
+        written = model.generate(dozen.images[singles])
+        return float(
+            np.mean([w.startswith(o + " ") for w, o in zip(written, openings, strict=True)])
+        )
+
+    assert begins_right(True, tmp_path / "with") > begins_right(False, tmp_path / "without") + 0.2
+
+
 def test_mirroring_turns_the_caption_with_the_picture(noise: np.ndarray) -> None:
     # Broad patches, which survive being moved by a few pixels.
     images = to_tensor(np.kron(noise[:, :4, :4], np.ones((1, 8, 8, 1), np.uint8)))

@@ -77,7 +77,7 @@ class BlipRun:
             caption with its species mapped across.
         before_after: rows `file_name`, `true`, `before`, `after` of held-out pictures.
         scores: on those, as `blip_scores.compare` gives them, and how many `pictures` were learnt
-            from, stopped by and held out.
+            from, with a caption or a label alone, stopped by and held out.
         history: rows of the training log.
         evaluations: rows `step`, `held_out`: caption loss on the pictures that training stops by.
     """
@@ -153,9 +153,11 @@ def _tune_and_score(
 ) -> None:
     settings, folder = profile.blip, stage.folder
     blip = load(settings.pretrained, pick_device(profile.device), max_length=settings.max_length)
-    learn, stop, held = _split(
+    learn, labelled, stop, held = _split(
         pictures, written, profile.collect.validation_fraction, settings.stopping_fraction
     )
+    if not settings.label_batch_size:
+        labelled = []
     images = pictures.images(held, blip.image_size)
     true, domains = [row["text"] for row in held], [row["domain"] for row in held]
     size = settings.caption_batch_size
@@ -171,6 +173,10 @@ def _tune_and_score(
         warmup_steps=settings.warmup_steps,
         schedule="cosine",
         contrastive_weight=settings.contrastive_weight,
+        labelled=(pictures.images(labelled, blip.image_size), [row["text"] for row in labelled])
+        if labelled
+        else None,
+        label_batch_size=settings.label_batch_size,
         ema_decay=settings.ema_decay,
         held=(pictures.images(stop, blip.image_size), [row["text"] for row in stop]),
         patience=settings.patience,
@@ -196,7 +202,12 @@ def _tune_and_score(
         ),
     )
     scores = blip_scores.compare(before, after, true, domains)
-    counts = {"learnt": len(learn), "stopping": len(stop), "held_out": len(held)}
+    counts = {
+        "learnt": len(learn),
+        "labelled": len(labelled),
+        "stopping": len(stop),
+        "held_out": len(held),
+    }
     write_json(folder / "scores.json", {**scores, "pictures": counts})
 
 
@@ -205,8 +216,11 @@ def _split(
     written: list[dict[str, Any]],
     fraction: float,
     stopping_fraction: float,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Captioned pictures to learn from, to stop by, and to score, as manifest rows with `text`.
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Pictures to learn captions from, labels from, to stop by, and to score: rows with `text`.
+
+    Labels are learnt from training pictures that have a class and no caption; their `text` is how
+    a caption of that class begins.
 
     Scored is the validation split where its captions are known, as those of scenes are; else a
     share of the captioned pictures by group. Stopping has a share of its own, so that the scored
@@ -224,13 +238,21 @@ def _split(
     learn = _apart(learn, held)
     stop = _share(learn, stopping_fraction)
     learn = _apart(learn, stop)
+    captioned = {row["file_name"] for row in written}
+    labelled = [
+        {**row, "text": captions.OPENINGS[row["label"]]}
+        for row in pictures.select(split="train", kept=True)
+        if row["file_name"] not in captioned and row["label"] in captions.OPENINGS
+    ]
+    labelled = _apart(labelled, [*stop, *held])
     if not learn or not stop:
         raise UserError(
             "03 BLIP: no captioned picture is left to learn from beside the held-out ones: "
             "raise captions.count, or collect pictures of more than one group"
         )
     # A fixed shuffle, so that a cap takes both domains and all classes.
-    return learn, stop, sorted(held, key=lambda row: hash_obj(row["file_name"]))[:SCORED]
+    scored = sorted(held, key=lambda row: hash_obj(row["file_name"]))[:SCORED]
+    return learn, labelled, stop, scored
 
 
 def _share(rows: list[dict[str, Any]], fraction: float) -> list[dict[str, Any]]:

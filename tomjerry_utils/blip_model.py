@@ -148,15 +148,19 @@ class Blip:
         *,
         features: torch.Tensor | None = None,
         reduction: str = "mean",
+        begun: bool = False,
     ) -> torch.Tensor:
         """Mean −log p(word | words before, image) over all words, pads left out.
 
         This is what is trained on, with the label smoothing that a checkpoint may ask for. With
         `reduction="none"`, for measuring: one value (B,) for each caption, the mean over its own
-        words, without smoothing.
+        words, without smoothing. With `begun`, the texts are how captions begin: that they end
+        there is not taught.
         """
         features = self._features(images, features)
         ids, mask = self.tokens(texts, decode=True)
+        if begun:
+            mask = mask.masked_fill(ids == self.tokenizer.sep_token_id, 0)
         labels = mask_labels(ids, mask)[:, 1:]
         # The last token writes nothing: position i predicts the word at i + 1.
         decoder = self.captioner.text_decoder

@@ -35,6 +35,7 @@ MEMORY_KNOBS = (
     "halve blip.batch_size and double blip.accumulation in the profile (the same step in half the "
     "memory), or set blip.lora_rank to 16 (no optimiser state for the base weights)"
 )
+LABEL_WEIGHT = 0.5  # of the labels' loss, beside that of whole captions
 TEMPERATURE = 0.07  # of the contrastive logits; BLIP starts there, and its heads store none
 
 
@@ -45,19 +46,26 @@ def joint_loss(
     *,
     contrastive_weight: float,
     generator: torch.Generator,
+    labelled: tuple[Images, Sequence[str]] | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Captioning + weight · (contrastive + matching) on one batch, as BLIP trains (§3.2).
 
-    With weight 0 only captioning is computed, and the retrieval heads stay as they are.
+    With weight 0 only captioning is computed, and the retrieval heads stay as they are. `labelled`
+    are pictures of which only the class is known, with the words that their captions begin with:
+    the decoder learns those words from them and nothing else.
 
     Equal captions in a batch are no negatives of each other: they share the contrastive target,
     and matching draws its negatives from the others, about half of them hard (in proportion to
     exp of the logits), half at random: hard ones alone teach a head from scratch nothing.
     """
     features = blip.vision_features(images)
-    writing = blip.caption_loss(None, texts, features=features)
+    loss = blip.caption_loss(None, texts, features=features)
+    parts = {"caption": loss}
+    if labelled:
+        parts["label"] = blip.caption_loss(*labelled, begun=True)
+        loss = loss + LABEL_WEIGHT * parts["label"]
     if not contrastive_weight:
-        return writing, {"caption": writing.detach()}
+        return loss, {name: value.detach() for name, value in parts.items()}
     logits = blip.project(features) @ blip.text_embeds(texts).T / TEMPERATURE
     groups = {text: index for index, text in enumerate(texts)}
     group = torch.tensor([groups[text] for text in texts])
@@ -78,8 +86,8 @@ def joint_loss(
     matches = (torch.arange(len(images_at)) < len(texts)).long().to(logits.device)
     scores = blip.itm_logits(None, [texts[i] for i in texts_at], features=features[images_at])
     matching = F.cross_entropy(scores, matches)
-    loss = writing + contrastive_weight * (contrast + matching)
-    parts = {"caption": writing, "contrastive": contrast, "matching": matching}
+    loss = loss + contrastive_weight * (contrast + matching)
+    parts |= {"contrastive": contrast, "matching": matching}
     return loss, {name: value.detach() for name, value in parts.items()}
 
 
@@ -125,6 +133,8 @@ def fine_tune(
     lora_rank: int = 0,
     weight_decay: float = 0.05,
     augmented: bool = True,
+    labelled: tuple[np.ndarray, Sequence[str]] | None = None,
+    label_batch_size: int = 0,
     held: tuple[np.ndarray, Sequence[str]] | None = None,
     patience: int = 0,
     **options: Any,
@@ -136,6 +146,8 @@ def fine_tune(
         batch_size: of one process; `accumulation` and processes multiply it.
         lora_rank: 0 trains every weight; r > 0 adapters of rank r on attention, and the heads.
         augmented: mirror, move and tint the pictures, see `augment`.
+        labelled: pictures without a caption, and the words that their class begins one with;
+            `label_batch_size` of them join each batch, see `joint_loss`.
         held: pictures and captions that nothing is learnt from. Their caption loss is measured at
             every log line (`evaluations.jsonl`), on averaged weights where there is an average, and
             the weights that score best are the result.
@@ -152,19 +164,35 @@ def fine_tune(
         raise UserError(f"BLIP trains {found} parameters, {expected} expected: check lora_rank")
     best = _Best(blip, Path(folder), *held, patience=patience) if held else None
 
-    def batches(step: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-        rows = torch.randint(len(texts), (batch_size,), generator=generator).tolist()
+    def draw(
+        images: np.ndarray, texts: Sequence[str], count: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, list[str]]:
+        rows = torch.randint(len(texts), (count,), generator=generator).tolist()
         batch = to_tensor(images[rows]), [texts[row] for row in rows]
         return augment(*batch, generator) if augmented else batch
 
+    def batches(step: int, generator: torch.Generator) -> list[tuple[torch.Tensor, list[str]]]:
+        batch = [draw(images, texts, batch_size, generator)]
+        if labelled and label_batch_size:
+            batch.append(draw(*labelled, label_batch_size, generator))
+        return batch
+
     def loss_fn(
-        batch: tuple[torch.Tensor, list[str]], step: int, generator: torch.Generator
+        batch: list[tuple[torch.Tensor, list[str]]], step: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return joint_loss(blip, *batch, contrastive_weight=contrastive_weight, generator=generator)
+        return joint_loss(
+            blip,
+            *batch[0],
+            contrastive_weight=contrastive_weight,
+            generator=generator,
+            labelled=batch[1] if len(batch) > 1 else None,
+        )
 
     what = options.get("describe", "BLIP")
     with out_of_memory_told(lambda: f"{what}: out of memory before the first step: {MEMORY_KNOBS}"):
-        _announce_memory(blip, images, texts, loss_fn, batch_size, options)
+        # A picture with a label alone needs no more than one with a caption.
+        most = batch_size + (label_batch_size if labelled else 0)
+        _announce_memory(blip, images, texts, loss_fn, most, options)
     result = train(
         blip.parts(),
         loss_fn,
@@ -203,7 +231,7 @@ def _announce_memory(
 
     def forward(count: int) -> torch.Tensor:
         batch = to_tensor(images[:1]).expand(count, -1, -1, -1), (longest * count)[:count]
-        return loss_fn(batch, 0, torch.Generator().manual_seed(0))[0]
+        return loss_fn([batch], 0, torch.Generator().manual_seed(0))[0]
 
     need = memory.estimate(
         blip.parts(),

@@ -65,6 +65,7 @@ class BlipSettings(_Settings):
     pretrained: str
     steps: int = Positive
     batch_size: int = Positive
+    label_batch_size: int = NotNegative
     learning_rate: float = Positive
     warmup_steps: int = NotNegative
     accumulation: int = Positive

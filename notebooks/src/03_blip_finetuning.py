@@ -196,10 +196,12 @@ print(f"share of the loss that is about pads: {pads:.3f}")
 #
 # ## 3 · Fine-tuning
 #
-# Now the real thing, or its result if it has been done. Four decisions are worth knowing:
+# Now the real thing, or its result if it has been done. Five decisions are worth knowing:
 #
 # - Half of the pictures are **mirrored** on the way, and with them *left* and *right* in their
 #   captions.
+# - A caption costs money, a **label** comes with the collection. Each step also takes pictures that
+#   nobody captioned, and teaches the decoder how their caption must begin (*a mouse*), no more.
 # - The captioned pictures are split once more, by group: a small share is never learnt from, and
 #   tells when to **stop**. What we report below comes from a third set, which decides nothing.
 # - The weights that are looked at are a **moving average** of those that training moves; the ones
@@ -214,8 +216,8 @@ run = blip.ensure(settings)
 # %%
 # NBVAL_CHECK_OUTPUT
 counts = run.scores["pictures"]
-print(f"learnt from {counts['learnt']} captioned pictures, stopped by {counts['stopping']},")
-print(f"scored on {counts['held_out']} that decide nothing")
+print(f"learnt from {counts['learnt']} captioned and {counts['labelled']} labelled pictures,")
+print(f"stopped by {counts['stopping']}, scored on {counts['held_out']} that decide nothing")
 
 # %%
 curves = {
@@ -290,9 +292,10 @@ for domain in scores["after"]["by_domain"]:
 # %% [markdown]
 # Before, *who* is always wrong: the zoo has animals, but no names. It even taught this tower that
 # proportions mean nothing, since any animal may have any ears. To tell a mouse from a cat it has to
-# unlearn that, from the captions alone, and natural subjects stay the hardest slot. So notebooks 04
-# and 05 never take the **class** from a caption: it comes from the data, or from the parts of the
-# animals that a network sees.
+# unlearn that, and natural subjects stay the hardest slot: with captions alone about 2.5 in 100 of
+# them were wrong, with the labels beside them about 1.5 (1000 scenes, 25 November 2026). So
+# notebooks 04 and 05 never take the **class** from a caption: it comes from the data, or from the
+# parts of the animals that a network sees.
 #
 # Whole sentences are usually compared by their n-grams. **BLEU-4** counts which runs of one to four
 # words also stand in the true caption. **CIDEr** weighs each n-gram by how rare it is, so that
@@ -708,7 +711,7 @@ slots = {
     for domain, each in scores["after"]["by_domain"].items()
     for slot, part in each.items()
 }
-wanted = {"subject": 0.94, "action": 0.95, "direction": 0.95, "place": 0.9}
+wanted = {"subject": 0.96, "action": 0.95, "direction": 0.95, "place": 0.9}
 expected = {
     what: (got, {"smoke": (0, 1), "mini": (wanted[what.split(",")[0]], 1)})
     for what, got in slots.items()
@@ -722,7 +725,7 @@ compare(
     profile,
     {
         **expected,
-        "subject, both domains": (everyone, {"smoke": (0, 1), "mini": (0.96, 1)}),
+        "subject, both domains": (everyone, {"smoke": (0, 1), "mini": (0.98, 1)}),
         "CIDEr-D / the truth's": (
             scores["after"]["cider_d"]["value"] / truth,
             {"smoke": (0, 1), "mini": (0.8, 1)},
