@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tomjerry_utils import UserError, blip_scores, captions, collect
+import numpy as np
+
+from tomjerry_utils import UserError, blip_scores, captions, collect, scenes
 from tomjerry_utils.blip_model import (
     LORA_TARGETS,
     VARIANTS,
@@ -63,6 +65,8 @@ __all__ = [
 ]
 
 STAGE = "03_blip"
+# How a caption of each label begins; other captioners are asked for the same words.
+OPENINGS = {scenes.label_of(*who): words for who, (words, _) in scenes.SUBJECTS.items()}
 SCORED = 400  # held-out pictures that are captioned before and after fine-tuning, at most
 LOG_LINES = 24  # of a training; at each the stopping pictures are looked at
 
@@ -158,14 +162,17 @@ def _tune_and_score(
     )
     if not settings.label_batch_size:
         labelled = []
-    images = pictures.images(held, blip.image_size)
-    true, domains = [row["text"] for row in held], [row["domain"] for row in held]
+
+    def read(rows: list[dict[str, Any]]) -> tuple[np.ndarray, list[str]]:
+        return pictures.images(rows, blip.image_size), [row["text"] for row in rows]
+
+    images, true = read(held)
+    domains = [row["domain"] for row in held]
     size = settings.caption_batch_size
     before = blip_scores.score(blip, images, true, domains, batch_size=size)
     fine_tune(
         blip,
-        pictures.images(learn, blip.image_size),
-        [row["text"] for row in learn],
+        *read(learn),
         steps=settings.steps,
         batch_size=settings.batch_size,
         accumulation=settings.accumulation,
@@ -173,12 +180,10 @@ def _tune_and_score(
         warmup_steps=settings.warmup_steps,
         schedule="cosine",
         contrastive_weight=settings.contrastive_weight,
-        labelled=(pictures.images(labelled, blip.image_size), [row["text"] for row in labelled])
-        if labelled
-        else None,
+        labelled=read(labelled) if labelled else None,
         label_batch_size=settings.label_batch_size,
         ema_decay=settings.ema_decay,
-        held=(pictures.images(stop, blip.image_size), [row["text"] for row in stop]),
+        held=read(stop),
         patience=settings.patience,
         seed=profile.seed,
         folder=folder,
@@ -240,9 +245,9 @@ def _split(
     learn = _apart(learn, stop)
     captioned = {row["file_name"] for row in written}
     labelled = [
-        {**row, "text": captions.OPENINGS[row["label"]]}
+        {**row, "text": OPENINGS[row["label"]]}
         for row in pictures.select(split="train", kept=True)
-        if row["file_name"] not in captioned and row["label"] in captions.OPENINGS
+        if row["file_name"] not in captioned and row["label"] in OPENINGS
     ]
     labelled = _apart(labelled, [*stop, *held])
     if not learn or not stop:

@@ -32,8 +32,9 @@ from tomjerry_utils.training import TrainResult, apply_ema, out_of_memory_told, 
 EVALUATIONS = "evaluations.jsonl"
 BEST = "best.safetensors"
 MEMORY_KNOBS = (
-    "halve blip.batch_size and double blip.accumulation in the profile (the same step in half the "
-    "memory), or set blip.lora_rank to 16 (no optimiser state for the base weights)"
+    "halve blip.batch_size and blip.label_batch_size and double blip.accumulation in the profile "
+    "(the same step in half the memory), or set blip.lora_rank to 16 (no optimiser state "
+    "for the base weights)"
 )
 LABEL_WEIGHT = 0.5  # of the labels' loss, beside that of whole captions
 TEMPERATURE = 0.07  # of the contrastive logits; BLIP starts there, and its heads store none
@@ -162,6 +163,8 @@ def fine_tune(
         add_lora(blip, lora_rank, seed)
     if (found := trainable_parameters(blip)) != expected:
         raise UserError(f"BLIP trains {found} parameters, {expected} expected: check lora_rank")
+    if not label_batch_size:
+        labelled = None
     best = _Best(blip, Path(folder), *held, patience=patience) if held else None
 
     def draw(
@@ -171,21 +174,20 @@ def fine_tune(
         batch = to_tensor(images[rows]), [texts[row] for row in rows]
         return augment(*batch, generator) if augmented else batch
 
-    def batches(step: int, generator: torch.Generator) -> list[tuple[torch.Tensor, list[str]]]:
-        batch = [draw(images, texts, batch_size, generator)]
-        if labelled and label_batch_size:
-            batch.append(draw(*labelled, label_batch_size, generator))
-        return batch
+    def batches(step: int, generator: torch.Generator) -> tuple[Any, Any]:
+        captioned = draw(images, texts, batch_size, generator)
+        return captioned, draw(*labelled, label_batch_size, generator) if labelled else None
 
     def loss_fn(
-        batch: list[tuple[torch.Tensor, list[str]]], step: int, generator: torch.Generator
+        batch: tuple[Any, Any], step: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        captioned, named = batch
         return joint_loss(
             blip,
-            *batch[0],
+            *captioned,
             contrastive_weight=contrastive_weight,
             generator=generator,
-            labelled=batch[1] if len(batch) > 1 else None,
+            labelled=named,
         )
 
     what = options.get("describe", "BLIP")
@@ -231,7 +233,7 @@ def _announce_memory(
 
     def forward(count: int) -> torch.Tensor:
         batch = to_tensor(images[:1]).expand(count, -1, -1, -1), (longest * count)[:count]
-        return loss_fn([batch], 0, torch.Generator().manual_seed(0))[0]
+        return loss_fn((batch, None), 0, torch.Generator().manual_seed(0))[0]
 
     need = memory.estimate(
         blip.parts(),

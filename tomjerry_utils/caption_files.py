@@ -37,15 +37,6 @@ STORE = "store.jsonl"
 REVIEW = "caption_review.jsonl"  # of a stage, beside its folder
 
 SPECIES = {"tom": "cat", "jerry": "mouse"}
-# How a caption of each class begins, in the words that every captioner is asked for.
-OPENINGS = {
-    "tom": "tom",
-    "jerry": "jerry",
-    "tom_jerry": "tom and jerry",
-    "cat": "a cat",
-    "mouse": "a mouse",
-    "cat_mouse": "a cat and a mouse",
-}
 
 
 @dataclass(frozen=True)

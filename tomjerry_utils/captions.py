@@ -32,7 +32,6 @@ from tomjerry_utils.caption_files import (
     write_answers,
     write_captions,
 )
-from tomjerry_utils.caption_files import OPENINGS as OPENINGS
 from tomjerry_utils.caption_files import apply_decisions as apply_decisions
 from tomjerry_utils.caption_files import mapped_species as mapped_species
 from tomjerry_utils.caption_files import review_page as review_page

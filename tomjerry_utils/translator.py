@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tomjerry_utils import UserError, blip, ldm, structure
+from tomjerry_utils import UserError, blip, ldm, scenes, structure
 from tomjerry_utils.autoencoder import decode, encode_all, factor_of, load_autoencoder
 from tomjerry_utils.denoiser import Batch, Conditioner, load_denoiser, make_scheduler, sample
 from tomjerry_utils.images import add_grain, to_uint8
@@ -25,7 +25,7 @@ from tomjerry_utils.scenes import CLASSES, LABELS, label_of
 from tomjerry_utils.training import pick_device
 
 WARDROBE = "wardrobe.safetensors"
-SUBJECTS = {"tom": "a cat is", "jerry": "a mouse is", "both": "a cat and a mouse are"}
+SUBJECTS = {name: " ".join(scenes.SUBJECTS[name, "natural"]) for name in CLASSES}  # "a cat is"
 
 
 @dataclass(eq=False)

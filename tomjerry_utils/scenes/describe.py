@@ -44,7 +44,7 @@ _WHERE = {
     "street": "on the street",
     "beach": "on the beach",
 }
-_SUBJECTS = {
+SUBJECTS = {
     ("tom", "cartoon"): ("tom", "is"),
     ("jerry", "cartoon"): ("jerry", "is"),
     ("both", "cartoon"): ("tom and jerry", "are"),
@@ -184,7 +184,7 @@ def caption(scene: Scene, style: str) -> str:
     if scene.zoo:
         subject, verb = ("an animal", "is") if len(scene.actors) == 1 else ("two animals", "are")
     else:
-        subject, verb = _SUBJECTS[scene.cls, style]
+        subject, verb = SUBJECTS[scene.cls, style]
     return f"{subject} {verb} {_VERBS[scene.action]} {_WHERE[scene.place]}, facing {scene.facing}"
 
 
@@ -192,7 +192,7 @@ def caption(scene: Scene, style: str) -> str:
 def vocabulary() -> tuple[str, ...]:
     """Every word that a caption can hold, sorted; the comma counts as one."""
     words = {",", "facing", "animal", "animals", "an", "two", *FACINGS}
-    for text in [*_VERBS.values(), *_WHERE.values(), *(f"{s} {v}" for s, v in _SUBJECTS.values())]:
+    for text in [*_VERBS.values(), *_WHERE.values(), *(f"{s} {v}" for s, v in SUBJECTS.values())]:
         words.update(text.split())
     return tuple(sorted(words))
 
