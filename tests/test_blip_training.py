@@ -194,7 +194,7 @@ def test_a_label_teaches_its_words_and_not_that_the_caption_ends(noise: np.ndarr
     assert list(parts) == ["caption", "label", "contrastive", "matching"]
     assert parts["label"].item() == pytest.approx(found.item(), rel=1e-5)
     rest = parts["caption"] + 0.3 * (parts["contrastive"] + parts["matching"])
-    torch.testing.assert_close(loss.detach(), rest + blip_training.LABEL_WEIGHT * parts["label"])
+    torch.testing.assert_close(loss.detach(), rest + parts["label"])
 
 
 def test_pictures_with_labels_alone_teach_the_subject(dozen: Captioned, tmp_path: Path) -> None:

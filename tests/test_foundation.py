@@ -29,7 +29,7 @@ from tomjerry_utils.runs import foundation_root, read_json, read_jsonl
 from tomjerry_utils.translator import load_translator
 
 TEST_SCENES = 60
-SHIPPED = ("autoencoder", "blip", "structure", "judges", "denoiser")
+SHIPPED = ("autoencoder", "blip", "structure", "posture", "judges", "denoiser")
 MEGABYTES = 40
 
 
@@ -76,14 +76,15 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.setattr(module, "train", functools.partial(unwarmed, module.train))
         for name, options in foundation.STEPS.items():
             small = {"steps": 2, "decoder_steps": 2, "further_steps": 2, "batch_size": 4}
+            small |= {"pose_steps": 2, "layout_steps": 2}
             patch.setitem(foundation.STEPS, name, {**options, **small})
-        for name in ("autoencoder", "structure", "blip", "denoiser"):
+        for name in ("autoencoder", "structure", "posture", "blip", "denoiser"):
             assert foundation.make(name) == root / "data" / "foundation" / name
     return root
 
 
 def test_every_step_leaves_its_model_its_log_and_its_provenance(workshop: Path) -> None:
-    for name in ("autoencoder", "structure", "blip", "denoiser"):
+    for name in ("autoencoder", "structure", "posture", "blip", "denoiser"):
         folder = workshop / "data" / "foundation" / name
         record = read_json(folder / "provenance.json")
         assert record["command"] == f"tomjerry foundation {name}"
@@ -106,7 +107,9 @@ def test_what_was_made_can_be_loaded(workshop: Path, monkeypatch: pytest.MonkeyP
     assert conditioner.config.text_dim == 128
     assert structure.load_structure(root / "structure").config.channels
     rows = foundation.shipped()
-    assert {row["model"] for row in rows} == {"autoencoder", "structure", "blip", "denoiser"}
+    assert {row["model"] for row in rows} == {
+        "autoencoder", "structure", "posture", "blip", "denoiser",
+    }  # fmt: skip
     assert all(len(row["sha256"]) == 64 and row["bytes"] > 0 for row in rows)
 
 

@@ -249,6 +249,7 @@ def before(translator: Translator) -> Any:
 
 def row(before: Any, describer: blip.Blip, folder: Path, **options: Any) -> Any:
     settings: dict[str, Any] = {"attention": "ldm", "use_view": True, "blip_weight": 0.0}
+    settings["use_posture"] = False
     return transfer.train_row(
         before, describer, SMOKE, folder=folder, steps=3, **{**settings, **options}
     )
@@ -291,6 +292,30 @@ def test_an_independent_source_is_another_pictures_view_and_no_caption(
     assert not torch.equal(other.source, own.source)
     assert own.mask.sum() > 0 and other.mask.sum() == 0
     assert other.view.abs().max() == 0
+
+
+def test_half_of_the_views_show_the_body_of_their_pose(
+    before: Any, translator: Translator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    real = transfer.denoising_loss
+
+    def watched(unet: Any, conditioner: Any, batch: ldm.Batch, *given: Any, **options: Any) -> Any:
+        seen.append(batch.view.clone())
+        return real(unet, conditioner, batch, *given, **options)
+
+    def posed(data: ldm.LatentSet, profile: Any) -> torch.Tensor:
+        return torch.full_like(data.views, 7.0)
+
+    def exaggerate(*_: Any, **__: Any) -> torch.Tensor:
+        raise AssertionError("shapes are exaggerated beside natural bodies")
+
+    monkeypatch.setattr(transfer, "denoising_loss", watched)
+    monkeypatch.setattr(transfer, "posed_views", posed)
+    monkeypatch.setattr(transfer.structure, "exaggerate", exaggerate)
+    row(before, translator.describer, tmp_path / "posed", use_posture=True)
+    other = torch.cat(seen).mean((1, 2, 3)) > 5
+    assert 0 < other.sum() < len(other)
 
 
 def test_training_leaves_the_global_random_state_alone(
@@ -438,7 +463,8 @@ def test_folders_are_mirrored_and_reported(inputs: Path, tmp_path: Path, weights
     report = translate([inputs], out, weights, cls="jerry")
     made = sorted(str(p.relative_to(out)) for p in out.rglob("*.png"))
     assert made == ["clear.png", "deeper/frame.png", "photo.png"]
-    assert all(load_image(out / name).shape == (32, 32, 3) for name in made)
+    shapes = [load_image(out / name).shape for name in made]
+    assert shapes == [(32, 48, 3), (32, 32, 3), (48, 32, 3)]
     rows = read_jsonl(out / "report.jsonl")
     assert rows == report
     assert [Path(r["file"]).name for r in rows] == ["clear.png", "frame.png", "photo.jpg"]

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tomjerry_utils import scenes, structure
+from tomjerry_utils import posture, scenes, structure
 from tomjerry_utils.autoencoder import encode_all, measure_latents, tiny_autoencoder
 from tomjerry_utils.denoiser import Batch, Conditioner, make_scheduler
 
@@ -149,6 +149,7 @@ def tiny_translator(*, attention: str | None = "ldm", seed: int = 0) -> Translat
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = structure.StructureNet((8, 16)).eval()
+        nets = posture.Posture(posture.PoseNet((8, 16)).eval(), posture.LayoutNet((8, 16)).eval())
         unet = tiny_unet(4 + structure.VIEW_CHANNELS, 4).eval()
         views, _ = structure.look(net, torch.from_numpy(images), (8, 8))
         mean, std = structure.tone_statistics(views)
@@ -177,6 +178,7 @@ def tiny_translator(*, attention: str | None = "ldm", seed: int = 0) -> Translat
             name: torch.randn(20, structure.COATS + 3, generator=torch.Generator().manual_seed(i))
             for i, name in enumerate(scenes.CLASSES)
         },
+        posture=nets,
     )
 
 
@@ -190,6 +192,8 @@ def save_translator(translator: Translator, folder: Path, *, profile: str = "smo
     save_denoiser(translator.unet, translator.conditioner, folder / "denoiser")
     translator.vae.save_pretrained(folder / "autoencoder")
     translator.net.save_pretrained(folder / "structure")
+    assert translator.posture is not None
+    translator.posture.save(folder / "posture")
     blip.save(translator.describer, folder / "blip")
     found = features.extract(pictures("cartoon", 24))
     found = found / np.linalg.norm(found, axis=1, keepdims=True)

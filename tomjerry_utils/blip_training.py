@@ -36,7 +36,6 @@ MEMORY_KNOBS = (
     "(the same step in half the memory), or set blip.lora_rank to 16 (no optimiser state "
     "for the base weights)"
 )
-LABEL_WEIGHT = 0.5  # of the labels' loss, beside that of whole captions
 TEMPERATURE = 0.07  # of the contrastive logits; BLIP starts there, and its heads store none
 
 
@@ -64,7 +63,7 @@ def joint_loss(
     parts = {"caption": loss}
     if labelled:
         parts["label"] = blip.caption_loss(*labelled, begun=True)
-        loss = loss + LABEL_WEIGHT * parts["label"]
+        loss = loss + parts["label"]
     if not contrastive_weight:
         return loss, {name: value.detach() for name, value in parts.items()}
     logits = blip.project(features) @ blip.text_embeds(texts).T / TEMPERATURE

@@ -4,7 +4,7 @@ They learn from the zoo (natural animals of random proportions and coats, withou
 that the course has a general prior to fine-tune. Each step is resumable, leaves its log beside the
 weights, and takes at most about an hour on two cores:
 
-    tomjerry foundation blip | autoencoder | structure | judges | denoiser | translator
+    tomjerry foundation blip | autoencoder | structure | posture | judges | denoiser | translator
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ from tomjerry_utils.runs import (
 from tomjerry_utils.training import TrainResult, apply_ema, progress, train
 
 SIZE = 64
-SEEDS = {"autoencoder": 0, "structure": 1, "blip": 2, "denoiser": 3, "judges": 31, "translator": 0}
+SEEDS = {
+    "autoencoder": 0,
+    "structure": 1,
+    "blip": 2,
+    "denoiser": 3,
+    "posture": 4,
+    "judges": 31,
+    "translator": 0,
+}
 STEPS: dict[str, dict[str, Any]] = {
     # Small and many: at one size of budget, batch 8 and narrow layers gave the crispest pictures.
     "autoencoder": {
@@ -61,6 +69,12 @@ STEPS: dict[str, dict[str, Any]] = {
         "ema_decay": 0.998,
     },
     "structure": {"steps": 4_000, "batch_size": 16, "learning_rate": 2e-3},
+    "posture": {
+        "pose_steps": 1_500,
+        "layout_steps": 1_200,
+        "batch_size": 24,
+        "learning_rate": 2e-3,
+    },
     "judges": {"label_steps": 1_500, "pixel_steps": 3_500, "batch_size": 32, "learning_rate": 2e-3},
     # Small batches and many steps again. At a rate of 2e-3 it blew up after 1700 of them.
     "denoiser": {"steps": 12_500, "batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.998},
@@ -321,6 +335,86 @@ def make_structure() -> Path:
     )
 
 
+def make_posture() -> Path:
+    """Train the pose net on course scenes of both styles, the layout net on natural ones alone."""
+    from tomjerry_utils.judges import by_species
+    from tomjerry_utils.posture import LayoutNet, PoseNet, layout_loss, pose_loss
+
+    options = STEPS["posture"]
+    sets = {name: pictures(name) for name in ("natural", "cartoon")}
+    images, points, there, parts, mouse = {}, {}, {}, {}, {}
+    for name, data in sets.items():
+        images[name] = torch.from_numpy(data["image"]).permute(0, 3, 1, 2).contiguous()
+        seen = torch.from_numpy(by_species(data["seed"], data["keypoints"])[..., :2]).float()
+        points[name] = (seen / SIZE).clamp(0, 1)
+        named = [scenes.describe(int(seed)).cls for seed in data["seed"]]
+        there[name] = torch.tensor([[c != "jerry", c != "tom"] for c in named]).float()
+        parts[name] = torch.from_numpy(data["parts"])
+        mouse[name] = torch.from_numpy(data["mask"] == 2)
+    torch.manual_seed(SEEDS["posture"])
+    nets = {"pose": PoseNet(), "layout": LayoutNet()}
+
+    def mirrored(at: Tensor) -> Tensor:
+        return torch.stack([1 - at[..., 0], at[..., 1]], -1)
+
+    def pictured(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        drawn = [
+            (*_draw(images[name], options["batch_size"] // 2, generator), name) for name in sets
+        ]
+        x = torch.cat([batch for batch, _, _, _ in drawn])
+        at = torch.cat(
+            [mirrored(points[n][i]) if flip else points[n][i] for _, i, flip, n in drawn]
+        )
+        # Other colours and contrasts, so that drawings it never saw are still read.
+        gain = 1 + 0.35 * (2 * torch.rand(len(x), 3, 1, 1, generator=generator) - 1)
+        lift = 0.25 * (2 * torch.rand(len(x), 3, 1, 1, generator=generator) - 1)
+        x = noisy((x * gain + lift).clamp(-1, 1), generator, 0.03)
+        return x, at, torch.cat([there[n][i] for _, i, _, n in drawn])
+
+    def laid_out(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        index = torch.randint(len(points["natural"]), (options["batch_size"],), generator=generator)
+        at, p, m = (kind["natural"][index] for kind in (points, parts, mouse))
+        if torch.rand((), generator=generator) < 0.5:
+            at, p, m = mirrored(at), p.flip(2), m.flip(2)
+        # As uncertain as the pose net is.
+        at = (at + 0.008 * torch.randn(at.shape, generator=generator)).clamp(0, 1)
+        return at, there["natural"][index], p.long(), m
+
+    results = {}
+    for name, batches, loss in (
+        ("pose", pictured, lambda batch, step, generator: pose_loss(nets["pose"], *batch)),
+        ("layout", laid_out, lambda batch, step, generator: layout_loss(nets["layout"], *batch)),
+    ):
+        results[name] = train(
+            {name: nets[name]},
+            loss,
+            batches,
+            steps=options[f"{name}_steps"],
+            learning_rate=options["learning_rate"],
+            warmup_steps=100,
+            schedule="cosine",
+            folder=_work("posture") / name,
+            seed=SEEDS["posture"],
+            ema_decay=0.995,
+            log_every=50,
+            threads=1,
+            describe=name,
+            keep_checkpoint=True,
+        )
+        apply_ema({name: nets[name]}, results[name])
+
+    def save(folder: Path) -> None:
+        for name, net in nets.items():
+            net.half().save_pretrained(folder / name)
+
+    return _ship(
+        "posture",
+        save,
+        seconds=sum(result.seconds for result in results.values()),
+        history=[{"net": n, **row} for n, result in results.items() for row in result.history],
+    )
+
+
 def make_blip() -> Path:
     """Train the tiny BLIP on zoo scenes and their captions ("an animal is …"), in two phases."""
     from tomjerry_utils import blip
@@ -438,6 +532,7 @@ MAKERS = {
     "blip": make_blip,
     "autoencoder": make_autoencoder,
     "structure": make_structure,
+    "posture": make_posture,
     "judges": make_judges,
     "denoiser": make_denoiser,
     "translator": make_translator,

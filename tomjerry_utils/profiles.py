@@ -107,6 +107,7 @@ class TransferSettings(_Settings):
     """Stage 05: the source-conditioned, BLIP-regularised translator."""
 
     structure: str
+    posture: str
     steps: int = Positive
     batch_size: int = Positive
     learning_rate: float = Positive

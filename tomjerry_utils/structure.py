@@ -44,7 +44,33 @@ class _Block(nn.Module):
         return F.silu(self.norms[1](self.second(hidden)) + self.skip(x))
 
 
-class StructureNet(ModelMixin, ConfigMixin):
+class UNet(ModelMixin, ConfigMixin):
+    """What the small nets of this project share: (B, C, H, W) → (B, channels[0], H/2, W/2).
+
+    It sees eight times as coarsely as that; H and W are multiples of 16.
+    """
+
+    def _build(self, inputs: int, channels: tuple[int, ...]) -> None:
+        self.stem = nn.Conv2d(4 * inputs, channels[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(channels):
+            self.down.append(_Block(channels[max(i - 1, 0)], width))
+        self.up = nn.ModuleList()
+        for i in reversed(range(len(channels) - 1)):
+            self.up.append(_Block(channels[i + 1] + channels[i], channels[i]))
+
+    def _features(self, x: Tensor) -> Tensor:
+        x = self.stem(F.pixel_unshuffle(x, 2))
+        kept = []
+        for i, block in enumerate(self.down):
+            x = block(F.avg_pool2d(x, 2) if i else x)
+            kept.append(x)
+        for block, skip in zip(self.up, reversed(kept[:-1]), strict=True):
+            x = block(torch.cat([F.interpolate(x, scale_factor=2.0), skip], 1))
+        return x
+
+
+class StructureNet(UNet):
     """A U-Net from pictures to part logits.
 
     Input (B, 3, H, W) in [−1, 1] with H and W multiples of 16; output (B, len(PARTS) + 1, H, W):
@@ -54,27 +80,14 @@ class StructureNet(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, channels: tuple[int, ...] = (24, 40, 64, 96)) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(12, channels[0], 3, padding=1)
-        self.down = nn.ModuleList()
-        for i, width in enumerate(channels):
-            self.down.append(_Block(channels[max(i - 1, 0)], width))
-        self.up = nn.ModuleList()
-        for i in reversed(range(len(channels) - 1)):
-            self.up.append(_Block(channels[i + 1] + channels[i], channels[i]))
+        self._build(3, channels)
         # The last stage sees full-resolution pixels again: eyes are two pixels wide.
         self.head = nn.Conv2d(channels[0], 4 * 24, 1)
         self.fine = nn.Conv2d(24 + 3, 24, 3, padding=1)
         self.out = nn.Conv2d(24, len(PARTS) + 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.stem(F.pixel_unshuffle(images, 2))
-        kept = []
-        for i, block in enumerate(self.down):
-            x = block(F.avg_pool2d(x, 2) if i else x)
-            kept.append(x)
-        for block, skip in zip(self.up, reversed(kept[:-1]), strict=True):
-            x = block(torch.cat([F.interpolate(x, scale_factor=2.0), skip], 1))
-        x = F.pixel_shuffle(self.head(x), 2)
+        x = F.pixel_shuffle(self.head(self._features(images)), 2)
         return self.out(F.silu(self.fine(torch.cat([x, images], 1))))
 
 
@@ -134,8 +147,6 @@ def view(maps: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
         share at twice the grid's resolution, in [−1, 1]; then the animals' coats, the same
         everywhere, and last the three tones, neither yet standardised.
     """
-    half = F.interpolate(maps[:, 1:], size=(2 * grid[0], 2 * grid[1]), mode="area")
-    half = F.pixel_unshuffle(half, 2)
     behind = 1 - maps[:, FIRST_ANIMAL_PART:MOUSE].sum(1, keepdim=True).clamp(0, 1)
     cells = (TONE_CELLS, TONE_CELLS)
     share = F.adaptive_avg_pool2d(behind, cells)
@@ -145,7 +156,17 @@ def view(maps: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
     tone = (colour + 0.05 * everywhere) / (share + 0.05)
     tone = F.interpolate(tone, size=grid, mode="bilinear", align_corners=False)
     coat = coats(maps, images)[:, :, None, None].expand(-1, -1, *grid)
-    return torch.cat([2 * half - 1, coat, tone], 1)
+    return torch.cat([_shapes(maps, grid), coat, tone], 1)
+
+
+def reshape(views: Tensor, maps: Tensor) -> Tensor:
+    """Views with the shapes of other part maps; coats and tones stay."""
+    return torch.cat([_shapes(maps, (views.shape[-2], views.shape[-1])), views[:, MAPS:]], 1)
+
+
+def _shapes(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    half = F.interpolate(maps[:, 1:], size=(2 * grid[0], 2 * grid[1]), mode="area")
+    return 2 * F.pixel_unshuffle(half, 2) - 1
 
 
 def coats(maps: Tensor, images: Tensor) -> Tensor:

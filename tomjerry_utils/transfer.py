@@ -20,9 +20,10 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tomjerry_utils import blip, collect, ldm, structure
+from tomjerry_utils import blip, collect, ldm, posture, structure
 from tomjerry_utils.autoencoder import decode, encode_all
 from tomjerry_utils.denoiser import (
+    NO_CLASS,
     Batch,
     Conditioner,
     denoising_loss,
@@ -43,6 +44,7 @@ from tomjerry_utils.runs import (
     read_jsonl,
     write_json,
 )
+from tomjerry_utils.scenes import CLASSES
 from tomjerry_utils.training import TrainResult, apply_ema, pick_device, train
 from tomjerry_utils.translator import (
     WARDROBE,
@@ -53,15 +55,17 @@ from tomjerry_utils.translator import (
 )
 
 STAGE = "05_transfer"
-# The rows of the ablation: name → (source attention, structure path, BLIP weight on or off, whose
-# view and caption it learns with: its own, another picture's view and no caption, or neither).
-ABLATION: dict[str, tuple[str | None, bool, bool, str]] = {
-    "no source": (None, False, False, "none"),
-    "independent source": ("ldm", False, False, "other"),
-    "poster attention": ("poster", False, False, "own"),
-    "ldm attention": ("ldm", False, False, "own"),
-    "+ structure": ("ldm", True, False, "own"),
-    "+ BLIP term": ("ldm", True, True, "own"),
+# The rows of the ablation: name → (source attention, structure path, natural bodies in the source's
+# poses or the shapes it is drawn in, BLIP weight on or off, whose view and caption it learns with:
+# its own, another picture's view and no caption, or neither).
+ABLATION: dict[str, tuple[str | None, bool, bool, bool, str]] = {
+    "no source": (None, False, False, False, "none"),
+    "independent source": ("ldm", False, False, False, "other"),
+    "poster attention": ("poster", False, False, False, "own"),
+    "ldm attention": ("ldm", False, False, False, "own"),
+    "+ structure": ("ldm", True, False, False, "own"),
+    "+ posture": ("ldm", True, True, False, "own"),
+    "+ BLIP term": ("ldm", True, True, True, "own"),
 }
 
 
@@ -80,7 +84,13 @@ def ensure(profile: Profile) -> TransferRun:
     """Stage 05 at this profile: read it if it is finished, else make it, upstream included."""
     before = ldm.ensure(profile)
     settings = {**profile.transfer.model_dump(mode="json"), "precision": profile.precision}
-    stage = open_stage(profile, STAGE, settings, {"ldm": before.key}, version=3)
+    stage = open_stage(
+        profile,
+        STAGE,
+        settings,
+        {"ldm": before.key, "posture": ldm.fingerprint(profile.transfer.posture)},
+        version=4,
+    )
     if not stage.finished:
         with stage.lock():
             if not stage.finished:
@@ -107,6 +117,7 @@ def _make(stage: Stage, profile: Profile, before: ldm.LdmRun) -> None:
             steps=options.steps,
             attention=options.attention,
             use_view=True,
+            use_posture=True,
             blip_weight=options.blip_weight,
         )
         _write_translator(folder, unet, conditioner, before, profile)
@@ -137,6 +148,8 @@ def _write_translator(
             for file in source.iterdir():
                 if file.suffix in (".json", ".safetensors") and file.name != "provenance.json":
                     shutil.copy(file, target / file.name)
+    with atomic_dir(folder / "posture") as target:
+        fit_posture(before, profile).save(target)
     with atomic_dir(folder / "blip") as target:
         blip.save(blip.ensure(profile).blip, target)
     with atomic_path(folder / WARDROBE) as temporary:
@@ -169,6 +182,7 @@ def train_row(
     steps: int,
     attention: str | None,
     use_view: bool,
+    use_posture: bool,
     blip_weight: float,
     source: str = "own",
     seed: int | None = None,
@@ -178,6 +192,9 @@ def train_row(
     Args:
         attention: "poster", "ldm" or None for no attention to the source.
         use_view: the structure path, i.e. the view beside the noisy latents.
+        use_posture: half of the views show the body that the posture nets draw in the picture's own
+            pose, as they do when it translates; the others are exact. Without it, views are
+            exaggerated as a cartoonist would, so that the shapes of a cartoon's view pass.
         blip_weight: λ of the poster's regularisation.
         source: "own" learns each picture with its own view and caption; "other" with the view of
             another, drawn independently as on the poster, and no caption; "none" with neither.
@@ -198,11 +215,16 @@ def train_row(
         module.requires_grad_(False)
     data = before.natural
     larger = structure.head_ratio(before.cartoon.views, before.natural.views)
+    posed = posed_views(data, profile) if use_posture else None
 
     def batches(step: int, generator: torch.Generator) -> Batch:
         index = torch.randint(len(data), (options.batch_size,), generator=generator)
         batch = data.batch(index)
-        batch.view = structure.exaggerate(batch.view, generator, head=max(larger, 1.0))
+        if posed is not None:
+            chosen = torch.rand(len(index), 1, 1, 1, generator=generator) < 0.5
+            batch.view = torch.where(chosen, posed[index].float(), batch.view)
+        else:
+            batch.view = structure.exaggerate(batch.view, generator, head=max(larger, 1.0))
         shake = options.structure_noise * torch.rand(len(index), 1, 1, 1, generator=generator)
         batch.view = batch.view + shake * torch.randn(batch.view.shape, generator=generator)
         batch.captions = [data.texts[int(r)] for r in data.row[index]]
@@ -256,6 +278,57 @@ def train_row(
     return unet.eval(), conditioner.eval(), result
 
 
+def posed_views(data: ldm.LatentSet, profile: Profile) -> Tensor:
+    """Views of natural training pictures, each with the posture nets' body in its own pose.
+
+    Returns:
+        (N, VIEW_CHANNELS, h, w) float16. A picture without a class keeps its own shapes.
+    """
+    images = _pictures_of(data, profile)
+    net = structure.load_structure(model_source(profile.transfer.structure))
+    nets = posture.load_posture(model_source(profile.transfer.posture))
+    known = [i for i, name in enumerate(_classes_of(data)) if name is not None]
+    names = [name for name in _classes_of(data) if name is not None]
+    grid = (data.views.shape[-2], data.views.shape[-1])
+    views = data.views.clone()
+    for start in range(0, len(known), 256):
+        some, named = known[start : start + 256], names[start : start + 256]
+        _, maps = structure.look(net, images[some], grid)
+        shaped = structure.reshape(views[some].float(), nets.pose(images[some], maps, named))
+        views[some] = shaped.to(views.dtype)
+    return views
+
+
+def fit_posture(before: ldm.LdmRun, profile: Profile) -> posture.Posture:
+    """The posture nets, aligned between the keypoints they find in each domain's training set."""
+    nets = posture.load_posture(model_source(profile.transfer.posture))
+    found = {}
+    for domain, data in (("drawn", before.cartoon), ("natural", before.natural)):
+        names = _classes_of(data)
+        known = [i for i, name in enumerate(names) if name is not None]
+        written = [data.texts[int(data.row[i])] for i in known]
+        found[domain] = posture.statistics(
+            nets.find(_pictures_of(data, profile)[known]),
+            [str(names[i]) for i in known],
+            [blip.caption_slots(text)["action"] for text in written],
+        )
+    nets.alignment = posture.Alignment(**found)
+    return nets
+
+
+def _pictures_of(data: ldm.LatentSet, profile: Profile) -> Tensor:
+    pictures = collect.ensure(profile)
+    by_name = {row["file_name"]: row for row in pictures.rows}
+    return torch.from_numpy(
+        pictures.images([by_name[name] for name in data.files], profile.image_size)
+    )
+
+
+def _classes_of(data: ldm.LatentSet) -> list[str | None]:
+    """tom, jerry or both of each picture, of either domain; None where it has no class."""
+    return [None if n == NO_CLASS else CLASSES[int(n) % len(CLASSES)] for n in data.labels.tolist()]
+
+
 def ablate(
     profile: Profile, before: ldm.LdmRun, folder: Path, *, seed: int
 ) -> list[dict[str, Any]]:
@@ -270,7 +343,8 @@ def ablate(
     images = pictures.images(rows, profile.image_size)
     clothes = wardrobe(before.natural)
     out = []
-    for name, (attention, use_view, with_blip, source) in ABLATION.items():
+    fitted = fit_posture(before, profile)
+    for name, (attention, use_view, use_posture, with_blip, source) in ABLATION.items():
         target = row_folder(folder, name)
         if not (target / "row.json").is_file():
             unet, conditioner, result = train_row(
@@ -281,6 +355,7 @@ def ablate(
                 steps=profile.transfer.ablation_steps,
                 attention=attention,
                 use_view=use_view,
+                use_posture=use_posture,
                 blip_weight=profile.transfer.blip_weight if with_blip else 0.0,
                 source=source,
                 seed=seed,
@@ -299,6 +374,7 @@ def ablate(
                 options.guidance_scale,
                 blip_variant=options.blip_variant,
                 wardrobe=clothes,
+                posture=fitted.to(unet.device) if use_posture else None,
             )
             if not use_view:
                 translator = _Blind(**vars(translator))

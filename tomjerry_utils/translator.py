@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tomjerry_utils import UserError, blip, ldm, scenes, structure
+from tomjerry_utils import UserError, blip, ldm, posture, scenes, structure
 from tomjerry_utils.autoencoder import decode, encode_all, factor_of, load_autoencoder
 from tomjerry_utils.denoiser import Batch, Conditioner, load_denoiser, make_scheduler, sample
 from tomjerry_utils.images import add_grain, to_uint8
@@ -46,6 +46,7 @@ class Translator:
     colour: dict[str, Any] | None = None
     grain: float = 0.0  # deviation, as a share of the range; see `images.measure_grain`
     wardrobe: dict[str, Tensor] | None = None  # see :func:`wardrobe`
+    posture: posture.Posture | None = None  # None leaves the animals the shapes they are drawn in
 
     def translate(
         self,
@@ -128,6 +129,9 @@ class Translator:
             with_subject(blip.to_natural(text), name)
             for text, name in zip(self.describer.generate(images), names, strict=True)
         ]
+        if self.posture is not None:
+            actions = [blip.caption_slots(text)["action"] for text in captions]
+            views = structure.reshape(views, self.posture.pose(pictures, maps, names, actions))
         with torch.no_grad():
             text, mask = self.describer.text_tokens(captions, length=ldm.TEXT_LENGTH)
         labels = torch.tensor([LABELS.index("cat") + CLASSES.index(n) for n in names])
@@ -307,12 +311,13 @@ def _load(folder: Path, profile: Profile) -> Translator:
         colour=facts.get("colour"),
         grain=facts.get("grain", 0.0),
         wardrobe=load_file(folder / WARDROBE),
+        posture=posture.load_posture(folder / "posture").to(device),
     )
 
 
 def ship(made: Path, folder: Path) -> None:
     """Copy a finished stage 05 as half-precision weights that stand alone."""
-    for name in ("denoiser", "autoencoder", "structure", "blip"):
+    for name in ("denoiser", "autoencoder", "structure", "posture", "blip"):
         shutil.copytree(made / name, folder / name)
     for name in (WARDROBE, "translator.json"):
         shutil.copy(made / name, folder / name)

@@ -63,8 +63,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from tomjerry_utils import blip, canvas, collect, denoiser, figures, ldm, scenes, structure, study
-from tomjerry_utils import transfer, translate
+from tomjerry_utils import blip, canvas, collect, denoiser, figures, ldm, posture, scenes
+from tomjerry_utils import structure, study, transfer, translate
 from tomjerry_utils.autoencoder import decode, encode_all
 from tomjerry_utils.images import list_images, load_image, to_tensor, to_uint8
 from tomjerry_utils.lessons import check, compare
@@ -201,50 +201,112 @@ saved = figures.save_figure(
 
 # %%
 # NBVAL_CHECK_OUTPUT
-larger = structure.head_ratio(model.cartoon.views, model.natural.views)
 print(f"view: {views.shape[1]} channels on a grid of {views.shape[2]} × {views.shape[3]}")
 print(f"    = {structure.MAPS} for {len(scenes.PARTS)} maps (parts, mouse) at twice that grid,")
 print(f"    + {structure.COATS} for the coats of cat and mouse, + 3 tones")
-print(f"cartoon heads and eyes take {larger:.2f} times the edge length that natural ones do")
 read = structure.classify(see(collection.images(held))[1])
 known = np.mean([a == b["class"] for a, b in zip(read, held, strict=True)])
 print(f"class read off the parts: right for {known:.3f} of {len(held)} held-out pictures")
 
 # %% [markdown]
-# ## 3 · A cartoonist's heads
+# ## 3 · Another body in the same pose
 #
-# One thing the views do **not** share: cartoon heads are drawn larger, eyes far larger. Trained on
-# exact views, a translator would draw cats with cartoon heads. But how much larger heads are drawn,
-# two *unpaired* sets of part maps tell. So in training the natural picture's view is distorted as a
-# cartoonist would draw it (`exaggerate`, by a random amount up to that ratio) while the picture to
-# be drawn stays as it is: the model learns to shrink heads back.
+# One thing the views do **not** share: proportions. A drawn mouse is half head, paws are mittens,
+# eyes are saucers. Filled with fur in those shapes it stays a cartoon. What both domains do share
+# is the **pose**, and a pose fits in eight keypoints an animal. So the structure path goes through
+# them, in three steps that need no pair:
+#
+# 1. a small net finds the keypoints, in drawings and photographs alike;
+# 2. a drawing's keypoints move to where natural animals of that class and action have theirs. Each
+#    coordinate takes the mean and spread of the other domain, as the tones do; both come from
+#    *unpaired* training sets (`posture.Alignment`);
+# 3. a second net, which has only ever seen natural animals, draws the parts of a natural body on
+#    those points.
+#
+# That body takes the drawn one's place in the part map. In training, half of the natural pictures
+# show the body that these nets draw in *their* pose, so that the translator knows such maps; the
+# others show their own parts, exactly.
+#
+# A simpler way is still in the ablation below, in the row "+ structure": distort the natural views
+# in training as a cartoonist would (`structure.exaggerate`), and hope that the model learns to
+# shrink heads back.
 
 
 # %%
-def parts_in(view: torch.Tensor) -> np.ndarray:
-    """The part maps inside a view as pictures; the wall is what is left."""
-    share = (F.pixel_shuffle(view[:, : structure.MAPS], 2) + 1) / 2
-    wall = 1 - share[:, :-1].sum(1, keepdim=True)
-    return parts_of(torch.cat([wall, share], 1))
+def silhouettes(maps: torch.Tensor) -> np.ndarray:
+    return (maps[:, structure.FIRST_ANIMAL_PART : structure.MOUSE].sum(1) > 0.5).numpy()
 
 
-one = see(collection.images([row for row in chosen if row["label"] == "cat"]))[0]
-generator = torch.Generator().manual_seed(seed)
-distorted = structure.exaggerate(one.repeat(5, 1, 1, 1), generator, head=max(larger, 1.0))
-picture = pictures[[row["label"] for row in chosen].index("cat")]
-figure = figures.image_row(
-    [picture, *parts_in(one), *parts_in(distorted)],
-    ["to be drawn", "its own view"] + ["exaggerated"] * 5,
-    cell=1.4,
+def marked(images: np.ndarray, points: torch.Tensor, classes: list[str]) -> np.ndarray:
+    """Pictures four times as large, with a dot on each keypoint."""
+    large = images.repeat(4, 1).repeat(4, 2)
+    for i, name in enumerate(classes):
+        for animal, there in enumerate(posture.present([name])[0].bool()):
+            for x, y in (points[i, animal] * large.shape[1]).int().tolist() if there else []:
+                large[i, max(y - 4, 0) : y + 4, max(x - 4, 0) : x + 4] = (255, 255, 255)
+                large[i, max(y - 3, 0) : y + 3, max(x - 3, 0) : x + 3] = (213, 94, 0)
+    return large
+
+
+nets = translator.posture
+shown = [r for r in held if r["domain"] == "cartoon"]
+shown = [r for name in scenes.CLASSES for r in [r for r in shown if r["class"] == name][:2]]
+drawings, who = collection.images(shown), [row["class"] for row in shown]
+tensors = torch.from_numpy(drawings)
+_, as_drawn = see(drawings)
+aligned = nets.alignment(nets.find(tensors), who, [row["action"] for row in shown])
+posed = nets.pose(tensors, as_drawn, who, [row["action"] for row in shown])
+
+# %%
+figure = figures.contact_sheet(
+    [
+        *marked(drawings, nets.find(tensors), who),
+        *parts_of(as_drawn),
+        *marked(parts_of(posed), aligned, who),
+        *parts_of(posed),
+    ],
+    columns=len(shown),
+    row_titles=["keypoints found", "parts as drawn", "keypoints aligned", "a natural body"],
 )
 saved = figures.save_figure(
     figure,
-    "exaggerated",
-    alt="A natural picture, the part map of its own view, and five distorted ones with larger "
-    "heads and eyes, by different amounts, on the same body.",
+    "postures",
+    alt="Held-out cartoons with the keypoints that were found, their part maps as drawn with large "
+    "heads and eyes, the keypoints moved to natural places, and the part maps of natural bodies "
+    "in the same poses, with smaller heads and eyes.",
     run=settings,
     notebook="05_regularized_transfer",
 )
+
+# %% [markdown]
+# How much of a shape is in eight points? Held-out natural pictures tell: the body that is drawn
+# from a picture's keypoints should cover that picture's own animals. As a control, the same bodies
+# are laid over another picture of the same class.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+photographs = [row for row in held if row["domain"] == "natural" and row["class"]]
+life = collection.images(photographs)
+classes = [row["class"] for row in photographs]
+_, own = see(life)
+bodies = silhouettes(nets.pose(torch.from_numpy(life), own, classes))
+truth = silhouettes(own)
+n = len(classes)
+another = [
+    next(j % n for j in range(i + 1, i + n + 1) if classes[j % n] == classes[i]) for i in range(n)
+]
+
+
+def covered(a: np.ndarray, b: np.ndarray) -> float:
+    return float(((a & b).sum((1, 2)) / np.maximum((a | b).sum((1, 2)), 1)).mean())
+
+
+from_points, control = covered(bodies, truth), covered(bodies, truth[another])
+print(f"{len(life)} held-out natural pictures: overlap of the body from their pose")
+print(f"with their own animals      {from_points:.3f}")
+print(f"with another of their class {control:.3f}")
+larger = structure.head_ratio(model.cartoon.views, model.natural.views)
+print(f"cartoon heads and eyes take {larger:.2f} times the edge length that natural ones do")
 
 # %% [markdown]
 # ## 4 · The poster's attention, read twice
@@ -435,8 +497,9 @@ for i in order[:3]:
 # %% [markdown]
 # The three numbers come from our own models, not from judges: does BLIP name the true action and
 # direction when it sees the *output*, and how much do the animals' silhouettes overlap, as the
-# segmenter sees them? Good for comparing rows of one table; the verdict on test scenes, by judges
-# that nothing here has ever met, is notebook 06.
+# segmenter sees them? (Not wholly: a cat has not the outline of Tom. A cartoon and its own natural
+# twin overlap by about 0.7.) Good for comparing rows of one table; the verdict on test scenes, by
+# judges that nothing here has ever met, is notebook 06.
 #
 # ## 7 · Ablation: what holds on to what
 #
@@ -473,7 +536,7 @@ saved = figures.save_figure(
     figure,
     "ablation",
     alt="Ablation in three panels: how often the action is named, the direction is named, and how "
-    "far silhouettes overlap, for six rows from no source to the whole method. Chance is dotted; "
+    "far silhouettes overlap, for seven rows from no source to the whole method. Chance is dotted; "
     "the structure path lifts all three.",
     run=settings,
     notebook="05_regularized_transfer",
@@ -492,7 +555,8 @@ for name, row in table.items():
 # animal stands and which way it faces, they do not know, although they attend to the whole view.
 # Attention sees its tokens as a set without order: *where* something is has to squeeze through,
 # and a minute of training does not open that way. The structure path, the same view laid beside
-# the noisy latents place by place, works at once. The BLIP term changes little on top of it.
+# the noisy latents place by place, works at once. "+ posture" gives it natural bodies: overlap with
+# the *drawn* silhouette falls a little, as it should. The BLIP term changes little on top.
 #
 # Blue dots are this run. Where the repository carries the long study (`make study`: as many steps
 # as the translator itself has, over three training seeds), its means and 95 % intervals are drawn
@@ -694,7 +758,7 @@ check(None if answer is None else float(np.mean(answer)), kept["silhouette_iou"]
 # - Trained on independent pictures, the best model ignores its source. No attention mends that.
 # - Let a picture explain itself, by a view that both domains share, and swap the view at
 #   translation.
-# - Where the domains differ (big heads), distort the view in training so that the model undoes it.
+# - Where the domains differ (big heads), go through what they share: the pose, and natural bodies.
 # - BLIP similarity adds a pull towards the caption's meaning; it is a tie-breaker, not the anchor.
 # - Always ask how far an input is from what was trained on.
 
@@ -705,7 +769,8 @@ compare(
     profile,
     {
         "class read off the parts": (float(known), {"smoke": (0.5, 1), "mini": (0.9, 1)}),
-        "silhouettes kept": (kept["silhouette_iou"], {"smoke": (0.1, 1), "mini": (0.7, 1)}),
+        "silhouettes kept": (kept["silhouette_iou"], {"smoke": (0.1, 1), "mini": (0.55, 1)}),
+        "body from a pose": (from_points, {"smoke": (0.3, 1), "mini": (0.75, 1)}),
         "direction kept": (kept["facing"], {"smoke": (0, 1), "mini": (0.7, 1)}),
         "silhouettes, structure - none": (gain, {"smoke": (-0.2, 1), "mini": (0.3, 1)}),
         "similarity, 2 % uphill": (moved["uphill", 0.02], {"smoke": (0, 1), "mini": (0, 1)}),
