@@ -1,20 +1,23 @@
-"""The rivals: colours against known values, SDEdit against what it must do at both ends."""
+"""The rivals: colours against known values, the diffusion rivals on pictures, the common door."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import SIZE, pictures, tiny_translator
+from tiny_models import SIZE, pictures, save_translator, tiny_translator
 
-from tomjerry_utils import UserError, baselines, scenes, structure
+from tomjerry_utils import UserError, baselines, editing, scenes, structure
 from tomjerry_utils.autoencoder import decode, encode, encode_all
+from tomjerry_utils.cli import main
 from tomjerry_utils.denoiser import make_scheduler
-from tomjerry_utils.images import to_uint8
+from tomjerry_utils.images import load_image, save_image, to_uint8
+from tomjerry_utils.scenes import LABELS
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +174,130 @@ def test_sdedit_refuses_a_strength_that_is_no_share(cartoons: np.ndarray) -> Non
         )
 
 
+# ---- the samplers of `editing` on pictures -----------------------------------------------------
+
+
+def edited(method: str, model: Any, images: np.ndarray, **options: Any) -> np.ndarray:
+    knobs = editing.Knobs(
+        **{"strength": 0.6, "eta": 1.0, "factor": 4.0, **options.pop("knobs", {})}
+    )
+    plain = {"seed": 0, "steps": 2, "guidance_scale": 1.5}
+    classes = options.pop("classes", ["tom"] * len(images))
+    return baselines.edit(method, model, images, classes, knobs=knobs, **plain | options)
+
+
+@pytest.fixture(scope="module")
+def bare() -> Any:
+    """With v-prediction even an untrained net keeps what little noise left standing."""
+    model = tiny_translator(attention=None)
+    model.scheduler = make_scheduler("v_prediction")
+    return model
+
+
+@pytest.mark.parametrize("method", editing.KNOBS)
+def test_a_picture_does_not_depend_on_its_batch(
+    method: str, bare: Any, cartoons: np.ndarray
+) -> None:
+    mixed = ["tom", "jerry", "both", "tom"]
+    whole = edited(method, bare, cartoons, classes=mixed, numbers=[5, 6, 7, 8])
+    parts = edited(method, bare, cartoons, classes=mixed, numbers=[5, 6, 7, 8], batch_size=3)
+    alone = edited(method, bare, cartoons[2:3], classes=["both"], numbers=[7])
+    turned = edited(method, bare, cartoons[::-1].copy(), classes=mixed[::-1], numbers=[8, 7, 6, 5])
+    for other in (parts, turned[::-1]):
+        assert np.abs(whole.astype(int) - other).max() <= 1
+    assert np.abs(whole[2].astype(int) - alone[0]).max() <= 1
+    assert not np.array_equal(whole[0], whole[3])
+
+
+@pytest.mark.parametrize("method", editing.KNOBS)
+def test_a_picture_depends_on_seed_number_and_class(
+    method: str, bare: Any, cartoons: np.ndarray
+) -> None:
+    one = cartoons[:1]
+    made = edited(method, bare, one)
+    assert np.array_equal(made, edited(method, bare, one))
+    # DDIB alone draws no noise.
+    for change in ({"seed": 1}, {"numbers": [1]}):
+        assert np.array_equal(made, edited(method, bare, one, **change)) == (method == "ddib")
+    assert not np.array_equal(made, edited(method, bare, one, classes=["jerry"]))
+
+
+@pytest.mark.parametrize("method", editing.KNOBS)
+def test_without_strength_the_autoencoder_is_left(
+    method: str, bare: Any, cartoons: np.ndarray
+) -> None:
+    with torch.no_grad():
+        latents = encode_all(bare.vae, torch.from_numpy(cartoons))
+        rebuilt = to_uint8(decode(bare.vae, latents))
+    away = [
+        np.abs(edited(method, bare, cartoons, knobs={"strength": s}).astype(int) - rebuilt).mean()
+        for s in (0.0, 0.005, 0.9)
+    ]
+    assert away[0] == 0
+    assert away[1] < 0.5 * away[2]
+
+
+@pytest.mark.parametrize("method", [m for m in baselines.RIVALS if baselines.DIRECTIONS[m]])
+def test_a_rival_evaluates_as_often_as_its_directions_say(
+    method: str, cartoons: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_translator(attention="ldm")
+    model.guidance_scale = 1.0
+    labels: list[int] = []
+    forward = type(model.conditioner).forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels.append(int(args[0][0]))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.conditioner), "forward", counted)
+    for strength in (0.3, 1.0):
+        labels.clear()
+        baselines.run(method, model, cartoons[:1], ["both"], seed=0, steps=4, strength=strength)
+        assert len(labels) == 4 * baselines.DIRECTIONS[method]
+        assert labels.count(LABELS.index("cat_mouse")) == 4
+        assert set(labels) <= {LABELS.index("tom_jerry"), LABELS.index("cat_mouse")}
+
+
+def test_knobs_reach_their_samplers(translator: Any, cartoons: np.ndarray) -> None:
+    one = cartoons[:1]
+
+    def made(method: str, **options: Any) -> np.ndarray:
+        return baselines.run(method, translator, one, ["tom"], seed=0, **options)[0]
+
+    for method, change in (
+        ("ddib", {"strength": 0.4}),
+        ("cyclediffusion", {"eta": 0.9}),
+        ("ilvr", {"factor": 1.5}),
+        ("ilvr", {"eta": 0.0}),
+        ("egsde", {"faithful": 5.0}),
+        ("egsde", {"factor": 1.5}),
+    ):
+        own = editing.KNOBS[method]
+        assert np.array_equal(made(method), made(method, knobs=own))
+        assert not np.array_equal(made(method), made(method, knobs=replace(own, **change)))
+        # Those of the others are not read.
+        idle = {"ddib": {"eta": 0.3}, "cyclediffusion": {"factor": 2.0}}.get(
+            method, {"realism": 3.0}
+        )
+        assert np.array_equal(made(method), made(method, knobs=replace(own, **idle)))
+    both = made("ddib", knobs=editing.Knobs(strength=0.9), strength=0.4)
+    assert np.array_equal(both, made("ddib", strength=0.4))
+    with pytest.raises(UserError, match=r"factor 0\.5"):
+        made("ilvr", knobs=editing.Knobs(factor=0.5))
+
+
 # ---- the common door ---------------------------------------------------------------------------
 
 
+def test_the_courses_table_has_the_first_of_the_rivals() -> None:
+    assert baselines.METHODS == ("identity", "colour", "sdedit") == baselines.RIVALS[:3]
+    assert set(baselines.RIVALS) == set(baselines.TITLES) == set(baselines.DIRECTIONS)
+    assert set(baselines.RIVALS) == {*baselines.METHODS, *editing.KNOBS}
+
+
 def test_every_method_gives_pictures_and_classes(translator: Any, cartoons: np.ndarray) -> None:
-    for method in baselines.METHODS:
+    for method in baselines.RIVALS:
         made, names = baselines.run(
             method, translator, cartoons, ["tom", None, "auto", "both"], seed=0
         )
@@ -185,23 +307,29 @@ def test_every_method_gives_pictures_and_classes(translator: Any, cartoons: np.n
         assert np.array_equal(made, cartoons) == (method == "identity")
 
 
-def test_sdedit_has_the_translators_camera(translator: Any, cartoons: np.ndarray) -> None:
+@pytest.mark.parametrize("method", ["sdedit", "ilvr"])
+def test_a_diffusion_rival_has_the_translators_camera(
+    method: str, translator: Any, cartoons: np.ndarray
+) -> None:
     named = ["tom"] * len(cartoons)
-    smooth, _ = baselines.run("sdedit", translator, cartoons, named, seed=0)
-    taken, _ = baselines.run("sdedit", replace(translator, grain=0.02), cartoons, named, seed=0)
+    smooth, _ = baselines.run(method, translator, cartoons, named, seed=0)
+    taken, _ = baselines.run(method, replace(translator, grain=0.02), cartoons, named, seed=0)
     gap = (taken.astype(int) - smooth)[(smooth > 20) & (smooth < 235)]
     assert gap.std() == pytest.approx(0.02 * 255, rel=0.1)
 
 
-def test_sdedit_uses_stage_04_where_it_is_given(translator: Any, cartoons: np.ndarray) -> None:
+@pytest.mark.parametrize("method", ["sdedit", "ddib"])
+def test_a_rival_uses_stage_04_where_it_is_given(
+    method: str, translator: Any, cartoons: np.ndarray
+) -> None:
     other = tiny_translator(attention=None)
     torch.nn.init.normal_(other.unet.conv_out.weight)
     stage = SimpleNamespace(
         unet=other.unet, conditioner=other.conditioner, vae=other.vae, scheduler=other.scheduler
     )
     named = ["tom"] * len(cartoons)
-    own, _ = baselines.run("sdedit", translator, cartoons, named, seed=0)
-    lent, _ = baselines.run("sdedit", translator, cartoons, named, seed=0, model=stage)
+    own, _ = baselines.run(method, translator, cartoons, named, seed=0)
+    lent, _ = baselines.run(method, translator, cartoons, named, seed=0, model=stage)
     assert not np.array_equal(own, lent)
 
 
@@ -215,17 +343,53 @@ def test_classes_are_read_off_the_parts(translator: Any, cartoons: np.ndarray) -
 def test_mistakes_are_one_line(cartoons: np.ndarray) -> None:
     plain = tiny_translator()
     plain.colour = None
-    with pytest.raises(UserError, match="identity, colour, sdedit"):
+    with pytest.raises(UserError, match=", ".join(baselines.RIVALS)):
         baselines.run("magic", plain, cartoons, ["tom"] * 4, seed=0)
     with pytest.raises(UserError, match="colour statistics"):
         baselines.run("colour", plain, cartoons, ["tom"] * 4, seed=0)
+
+
+def test_the_command_takes_every_rival(
+    translator: Any, cartoons: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = save_translator(translator, tmp_path / "weights")
+    save_image(tmp_path / "a.png", cartoons[0])
+
+    def command(method: str, *more: str) -> tuple[int, str]:
+        out = str(tmp_path / method)
+        given = ["translate", str(tmp_path / "a.png"), "--out", out, "--method", method]
+        given += ["--weights", str(weights), "--profile", "smoke", "--class", "tom", *more]
+        code = main(given)
+        return code, capsys.readouterr().err
+
+    made = {}
+    for method in baselines.RIVALS:
+        code, said = command(method, "--steps", "2")
+        assert code == 0, said
+        made[method] = load_image(tmp_path / method / "a.png", SIZE)
+    assert len({picture.tobytes() for picture in made.values()}) == len(made)
+    for method, more, line in (
+        ("magic", (), "choose from ours, " + ", ".join(baselines.RIVALS)),
+        ("ddib", ("--steps", "1", "--overwrite"), "give 2 steps or more"),
+    ):
+        code, said = command(method, *more)
+        assert code == 2 and "Traceback" not in said
+        assert line in said.strip().splitlines()[-1]
+
+
+def test_the_help_names_every_rival(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["translate", "--help"])
+    said = capsys.readouterr().out
+    assert all(method in said for method in ("ours", *baselines.RIVALS))
 
 
 def test_the_model_was_moved_by_nothing(cartoons: np.ndarray) -> None:
     """A rival leaves the translator's weights and attention as they were."""
     model = tiny_translator(attention="poster")
     before = {k: v.clone() for k, v in model.conditioner.state_dict().items()}
-    baselines.run("sdedit", model, cartoons[:1], ["tom"], seed=0)
+    for method in baselines.RIVALS:
+        baselines.run(method, model, cartoons[:1], ["tom"], seed=0)
     after = model.conditioner.state_dict()
     assert model.conditioner.attend is not None
     assert all(torch.equal(before[k], after[k]) for k in before)

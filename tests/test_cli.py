@@ -25,7 +25,7 @@ from tomjerry_utils import UserError, __version__, cli, draw, scenes
 
 COMMANDS = (
     "doctor", "course", "collect", "caption", "translate", "evaluate", "export", "figures",
-    "scenes", "foundation", "study",
+    "scenes", "foundation", "study", "choose",
 )  # fmt: skip
 CAPTION_COMMANDS = ("estimate", "run", "batch", "review", "import")
 

@@ -22,6 +22,7 @@ from tomjerry_utils.profiles import Profile, load_profile
 
 SCENES = 51
 REFERENCES = 40
+EVERY = {*compare.METRICS, *compare.MORE}
 
 
 def small_profile(**changes: Any) -> Profile:
@@ -126,7 +127,7 @@ def test_the_stage_holds_what_it_promises(run: compare.CompareRun) -> None:
     assert len(run.rows) == SCENES * len(compare.METHODS)
     assert set(run.results["rows"]) == set(metrics.ROWS)
     for method in compare.METHODS:
-        assert set(run.results["methods"][method]["metrics"]) == set(compare.METRICS)
+        assert set(run.results["methods"][method]["metrics"]) == EVERY
         assert run.pictures[method].shape == (SCENES, tiny_models.SIZE, tiny_models.SIZE, 3)
     seeds = [row["seed"] for row in run.scenes]
     assert np.array_equal(run.pictures["identity"], cartoons(seeds))
@@ -149,7 +150,7 @@ def test_evaluate_gives_the_same_numbers(
 def test_differences_are_paired_and_say_what_they_mean(run: compare.CompareRun) -> None:
     methods = run.results["methods"]
     for rival, table in run.results["differences"].items():
-        assert set(table) == set(compare.METRICS)
+        assert set(table) == EVERY
         for name, row in table.items():
             gap = (
                 methods["ours"]["metrics"][name]["value"] - methods[rival]["metrics"][name]["value"]
@@ -168,6 +169,9 @@ def test_differences_are_paired_and_say_what_they_mean(run: compare.CompareRun) 
         ("perceptual", (0.1, 0.2), "worse"),
         ("pck", (-0.1, 0.2), "undecided"),
         ("pck", (0.0, 0.0), "undecided"),
+        ("cartoon_share", (-0.2, -0.1), "better"),
+        ("structure", (0.1, 0.2), "worse"),
+        ("recall", (0.1, 0.2), "better"),
     ],
 )
 def test_verdicts(metric: str, ci95: tuple[float, float], said: str) -> None:

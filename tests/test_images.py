@@ -21,6 +21,7 @@ from tomjerry_utils.images import (
     load_image,
     measure_grain,
     resize,
+    resize_short,
     save_image,
     to_tensor,
     to_uint8,
@@ -34,6 +35,19 @@ def picture() -> np.ndarray:
     """Smooth colours, so that JPEG and Lanczos change little; no symmetry."""
     y, x = np.mgrid[0:40, 0:60] / 60
     return (np.stack([x, y, 1 - x * y], -1) * 220 + 20).astype(np.uint8)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_shorter_side_is_given_and_the_aspect_stays(picture: np.ndarray, turned: bool) -> None:
+    given = picture.transpose(1, 0, 2) if turned else picture  # 40 × 60
+    for size, longer in ((20, 30), (33, 50), (80, 120)):
+        got = resize_short(given, size)
+        assert got.shape == ((longer, size, 3) if turned else (size, longer, 3))
+        # Nothing is cut off: the corners keep their colours.
+        for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+            assert np.abs(got[corner].astype(int) - given[corner]).max() < 12
+    square = given[:40, :40]
+    assert np.array_equal(resize_short(square, 24), resize(square, 24))
 
 
 def test_png_round_trip_is_exact_and_deterministic(tmp_path: Path, picture: np.ndarray) -> None:

@@ -3,33 +3,57 @@
 - identity: the cartoon as it is;
 - colour: Reinhard's statistics transfer, the cartoon in the colours of the natural training set;
 - sdedit: the source's latents, noised half-way and denoised by stage 04's class-conditional model,
-  which is told the class and nothing else of the source.
+  which is told the class and nothing else of the source;
+- ddib, cyclediffusion, ilvr, egsde: the same model by the samplers of :mod:`editing`.
+
+The first three are the course's table (:data:`METHODS`); all are a user's choice (:data:`RIVALS`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tomjerry_utils import UserError, structure
+from tomjerry_utils import UserError, editing, structure
 from tomjerry_utils.autoencoder import decode, encode_all, factor_of
-from tomjerry_utils.denoiser import Batch, Conditioner, sample, with_attention
+from tomjerry_utils.denoiser import Conditioner, sample, with_attention
 from tomjerry_utils.images import add_grain, to_uint8
-from tomjerry_utils.scenes import LABELS, label_of
+from tomjerry_utils.scenes import LABELS, STYLES, label_of
 from tomjerry_utils.translator import noise_for
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
+    from tomjerry_utils.realism import DomainExpert
     from tomjerry_utils.translator import Translator
 
 METHODS = ("identity", "colour", "sdedit")
-TITLES = {"identity": "identity", "colour": "colour transfer", "sdedit": "SDEdit"}
+RIVALS = (*METHODS, "ddib", "cyclediffusion", "ilvr", "egsde")
+TITLES = {
+    "identity": "identity",
+    "colour": "colour transfer",
+    "sdedit": "SDEdit",
+    "ddib": "DDIB",
+    "cyclediffusion": "CycleDiffusion",
+    "ilvr": "ILVR",
+    "egsde": "EGSDE",
+}
+# How often a rival evaluates the denoiser for each of its `steps`: once for each direction.
+DIRECTIONS = {
+    "identity": 0,
+    "colour": 0,
+    "sdedit": 1,
+    "ddib": 2,
+    "cyclediffusion": 2,
+    "ilvr": 1,
+    "egsde": 1,
+}
 STRENGTH = 0.6  # share of the noise that SDEdit adds where no profile says otherwise
 LARGEST_GAIN = 4.0  # of a contrast: a flat picture has none to stretch
 
@@ -62,33 +86,41 @@ def run(
     *,
     seed: int,
     steps: int | None = None,
-    strength: float = STRENGTH,
+    strength: float | None = None,
+    knobs: editing.Knobs | None = None,
     model: Model | None = None,
+    expert: DomainExpert | None = None,
     numbers: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, list[str]]:
     """Translate cartoons by a rival method.
 
     Args:
-        method: of :data:`METHODS`.
+        method: of :data:`RIVALS`.
         translator: lends what is not the rival's own: colour statistics, autoencoder, the reading
             of classes.
         images: (N, S, S, 3) uint8 at the translator's size.
         classes: tom, jerry, both, or None to read the class off the picture.
-        seed: of SDEdit's noise; a picture's depends on this and its number alone.
+        seed: of the rival's noise; a picture's depends on this and its number alone.
+        steps: evaluations of the denoiser in each of the rival's :data:`DIRECTIONS`; None for as
+            many as the translator takes.
+        strength: share of the noise up to which a diffusion rival takes the source, 0 … 1; None
+            for the method's own.
+        knobs: what else the samplers of :mod:`editing` are tuned by; None for the method's own.
+        model: whose denoiser the rival uses, stage 04's where it is at hand; None for the
+            translator's own, its view left out. DDIB and CycleDiffusion want one that has learnt
+            the cartoons' labels, as stage 04's has and a translator's may have forgotten.
+        expert: EGSDE's realism expert, from :func:`realism.train_expert`; None does without.
         numbers: the pictures' numbers; None counts them from 0.
-        steps: SDEdit's evaluations of the denoiser; None for as many as the translator takes.
-        strength: share of the noise that SDEdit adds, 0 … 1.
-        model: whose denoiser SDEdit uses, stage 04's where it is at hand; None for the
-            translator's own, its view left out.
 
     Returns:
         (N, S, S, 3) uint8 and the N classes.
 
     Raises:
-        UserError: an unknown method, or a translator without colour statistics.
+        UserError: an unknown method, a knob outside its range, or a translator without colour
+            statistics.
     """
-    if method not in METHODS:
-        raise UserError(f"no rival method '{method}': choose from {', '.join(METHODS)}")
+    if method not in RIVALS:
+        raise UserError(f"no rival method '{method}': choose from {', '.join(RIVALS)}")
     names = read_classes(translator, images, classes)
     numbers = range(len(images)) if numbers is None else numbers
     if method == "identity":
@@ -100,16 +132,22 @@ def run(
                 "make it anew with `tomjerry course --only 05`"
             )
         return transfer_colour(images, translator.colour), names
-    made = sdedit(
-        model or translator,
-        images,
-        names,
-        seed=seed,
-        steps=steps or translator.steps,
-        strength=strength,
-        guidance_scale=translator.guidance_scale,
-        numbers=numbers,
-    )
+    options: dict[str, Any] = {
+        "seed": seed,
+        "steps": steps or translator.steps,
+        "guidance_scale": translator.guidance_scale,
+        "numbers": numbers,
+    }
+    if method == "sdedit":
+        share = STRENGTH if strength is None else strength
+        made = sdedit(model or translator, images, names, strength=share, **options)
+    else:
+        chosen = knobs or editing.KNOBS[method]
+        if strength is not None:
+            chosen = replace(chosen, strength=strength)
+        made = edit(
+            method, model or translator, images, names, knobs=chosen, expert=expert, **options
+        )
     # The same camera as the translator's, so that neither gains by its grain.
     return add_grain(made, translator.grain, seed=seed, numbers=numbers), names
 
@@ -223,50 +261,115 @@ def sdedit(
     """
     if not 0 <= strength <= 1:
         raise UserError(f"SDEdit's strength {strength} is not a share of the noise: 0 to 1")
-    device = model.unet.device
-    # A translator's attention to the source is left out; stage 04 has none.
-    conditioner = with_attention(model.conditioner, None, 0).to(device).eval()
-    out = np.empty_like(images)
-    places = range(len(images)) if numbers is None else numbers
-    for begin in range(0, len(images), batch_size):
-        part = images[begin : begin + batch_size]
-        source = encode_all(model.vae, torch.from_numpy(part)).to(device)
-        latents = source
-        if strength > 0:
-            batch = _classes_only(model.unet, conditioner, source, classes[begin:][: len(part)])
-            latents = sample(
-                model.unet,
-                conditioner,
-                batch,
-                model.scheduler,
-                steps=_schedule_length(model.scheduler, steps, strength),
-                guidance_scale=guidance_scale,
-                generator=torch.Generator().manual_seed(seed),
-                noise=noise_for(source.shape[1:], seed, places[begin:][: len(part)]).to(source),
-                start=source,
-                strength=strength,
-            )
-        with torch.no_grad():
-            out[begin : begin + len(part)] = to_uint8(decode(model.vae, latents))
-    return out
+    unet, scheduler = model.unet, model.scheduler
+    conditioner = _class_conditioner(model)
 
+    def denoised(source: Tensor, part: range) -> Tensor:
+        if strength == 0:
+            return source
+        labels = _labels(classes, part, "natural").to(source.device)
+        return sample(
+            unet,
+            conditioner,
+            editing.class_conditions(unet, conditioner, source, labels),
+            scheduler,
+            steps=_schedule_length(scheduler, steps, strength),
+            guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            noise=noise_for(source.shape[1:], seed, _of(numbers, part)).to(source),
+            start=source,
+            strength=strength,
+        )
 
-def _classes_only(
-    unet: UNet2DConditionModel, conditioner: Conditioner, latents: Tensor, classes: Sequence[str]
-) -> Batch:
-    """Conditions that hold a class and nothing else, as they are dropped in training."""
-    count, channels, *grid = latents.shape
-    here = latents.device
-    labels = [LABELS.index(label_of(name, "natural")) for name in classes]
-    return Batch(
-        latents=latents,
-        labels=torch.tensor(labels, device=here),
-        text=torch.zeros(count, 1, conditioner.config.text_dim, device=here),
-        mask=torch.zeros(count, 1, dtype=torch.long, device=here),
-        view=torch.zeros(count, unet.config.in_channels - channels, *grid, device=here),
-    )
+    return _redrawn(model, images, denoised, batch_size=batch_size)
 
 
 def _schedule_length(scheduler: DDIMScheduler, steps: int, strength: float) -> int:
     """How many steps the whole schedule must have for `steps` of them to lie below `strength`."""
     return min(math.ceil(steps / strength), scheduler.config.num_train_timesteps)
+
+
+# ---- the samplers of `editing` -----------------------------------------------------------------
+
+
+def edit(
+    method: str,
+    model: Model,
+    images: np.ndarray,
+    classes: Sequence[str],
+    *,
+    knobs: editing.Knobs,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    numbers: Sequence[int] | None = None,
+    expert: DomainExpert | None = None,
+    batch_size: int = 50,
+) -> np.ndarray:
+    """Pictures by DDIB, CycleDiffusion, ILVR or EGSDE, from the cartoon's label to the natural.
+
+    Guidance is the target's; what reads the source's label does so without.
+
+    Args:
+        method: ddib, cyclediffusion, ilvr or egsde.
+        images: (N, S, S, 3) uint8; classes: N of tom, jerry, both.
+        steps: evaluations of the denoiser in each of the method's :data:`DIRECTIONS`, whatever
+            the strength.
+
+    Raises:
+        UserError: a knob outside its range, or a DDIB of one step.
+    """
+    levels = editing.ladder(model.scheduler, steps, knobs.strength)
+    denoiser = editing.ClassDenoiser(model.unet, _class_conditioner(model), model.scheduler)
+    if expert is not None:
+        expert = expert.to(model.unet.device).eval()
+
+    def edited(latents: Tensor, part: range) -> Tensor:
+        source, target = (_labels(classes, part, style).to(latents.device) for style in STYLES)
+        shape = (editing.noises(levels), *latents.shape[1:])
+        noise = noise_for(shape, seed, _of(numbers, part)).to(latents)
+        return editing.edit(
+            method,
+            denoiser,
+            latents,
+            source,
+            target,
+            levels=levels,
+            noise=noise,
+            guidance_scale=guidance_scale,
+            knobs=knobs,
+            expert=expert,
+        )
+
+    return _redrawn(model, images, edited, batch_size=batch_size)
+
+
+def _redrawn(
+    model: Model,
+    images: np.ndarray,
+    edited: Callable[[Tensor, range], Tensor],
+    *,
+    batch_size: int,
+) -> np.ndarray:
+    """Pictures whose latents went through `edited`, which is also told which of them they are."""
+    out = np.empty_like(images)
+    for begin in range(0, len(images), batch_size):
+        part = range(begin, min(begin + batch_size, len(images)))
+        source = encode_all(model.vae, torch.from_numpy(images[begin : part.stop]))
+        latents = edited(source.to(model.unet.device), part)
+        with torch.no_grad():
+            out[begin : part.stop] = to_uint8(decode(model.vae, latents))
+    return out
+
+
+def _class_conditioner(model: Model) -> Conditioner:
+    """The model's conditioner without a translator's attention to the source; stage 04 has none."""
+    return with_attention(model.conditioner, None, 0).to(model.unet.device).eval()
+
+
+def _labels(classes: Sequence[str], part: range, style: str) -> Tensor:
+    return torch.tensor([LABELS.index(label_of(classes[i], style)) for i in part])
+
+
+def _of(numbers: Sequence[int] | None, part: range) -> Sequence[int]:
+    return part if numbers is None else [numbers[i] for i in part]

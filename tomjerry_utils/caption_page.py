@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -18,6 +15,7 @@ from tomjerry_utils.caption_review import Decision, fits, recorded_caption
 from tomjerry_utils.images import load_image
 from tomjerry_utils.progress import progress
 from tomjerry_utils.runs import atomic_path, hash_obj
+from tomjerry_utils.static_page import data_uri, document, encoded
 
 PAGE = "review.html"
 THUMBNAIL = 192  # pixels of the longer side
@@ -54,12 +52,8 @@ def write_page(
             decision = None
         articles.append(_article(row, number, len(rows), thumbnail(row, images), decision))
     key = hash_obj([[row["sha256"], row["caption"]] for row in rows] + [repr(decisions)])
-    sealed = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    page = (
-        _HEAD.replace("{sealed}", sealed).replace("{style}", _STYLE).replace("{key}", key)
-        + "\n".join(articles)
-        + f"\n</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    body = f"{_HEADER}<main>\n" + "\n".join(articles) + "\n</main>"
+    page = document("Review of captions", body, key=key, style=_STYLE, script=_SCRIPT)
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
@@ -97,11 +91,7 @@ def thumbnail(row: Mapping[str, Any], images: Path | Loader) -> tuple[str, bytes
         return "", b""
     image = Image.fromarray(array)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    # Small drawings suffer from JPEG; photographs would make a heavy page as PNG.
-    kind = "png" if max(image.size) <= 64 else "jpeg"
-    buffer = io.BytesIO()
-    image.save(buffer, kind, quality=82)
-    return kind, buffer.getvalue()
+    return encoded(image, lossless=64, quality=82)
 
 
 # ---- helpers -------------------------------------------------------------------------------------
@@ -111,8 +101,7 @@ def _picture(small: tuple[str, bytes], row: Mapping[str, Any]) -> str:
     kind, data = small
     if not kind:
         return "<em>no picture</em>"
-    text = base64.b64encode(data).decode()
-    return f'<img alt="{escape(row["file_name"])}" src="data:image/{kind};base64,{text}">'
+    return f'<img alt="{escape(row["file_name"])}" src="{data_uri(kind, data)}">'
 
 
 def _caption(row: Mapping[str, Any], decision: Decision | None) -> str:
@@ -148,20 +137,7 @@ def _article(
     )
 
 
-# The script alone may run, and nothing is loaded: a caption could not do harm even if it were
-# not escaped.
-_HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
- style-src 'unsafe-inline'; script-src 'sha256-{sealed}'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Review of captions</title>
-<style>{style}</style>
-</head>
-<body data-key="{key}">
-<header>
+_HEADER = """<header>
 <h1>Review of captions</h1>
 <p>Keys: <kbd>↓</kbd> <kbd>↑</kbd> move, <kbd>A</kbd> accept, <kbd>E</kbd> edit
 (<kbd>Enter</kbd> keeps, <kbd>Esc</kbd> drops), <kbd>R</kbd> reject, <kbd>U</kbd> undo,
@@ -169,15 +145,11 @@ _HEAD = """<!DOCTYPE html>
 <p><span id="counts" role="status"></span>
 <button type="button" id="download">Download decisions.jsonl</button></p>
 </header>
-<main>
 """
 
 _STYLE = """
-:root { color-scheme: light dark; font: 16px/1.45 system-ui, sans-serif; }
-body { max-width: 60rem; margin: 0 auto; padding: 0 1rem 4rem; }
 header { position: sticky; top: 0; padding: .5rem 0; background: Canvas;
   border-bottom: 1px solid GrayText; z-index: 1; }
-h1 { font-size: 1.2rem; margin: 0; } header p { margin: .3rem 0; }
 article { display: grid; grid-template-columns: 200px 1fr; gap: 1rem; padding: .8rem;
   margin: .6rem 0; border: 1px solid GrayText; border-left-width: 8px; scroll-margin: 9rem; }
 article[data-verdict="accept"] { border-left-color: #0072B2; }
@@ -186,14 +158,11 @@ article[data-verdict="reject"] { border-left-color: #D55E00; }
 article[data-verdict="reject"] .caption { text-decoration: line-through; }
 img { width: 192px; image-rendering: auto; } .caption { font-size: 1.15rem; margin: 0; }
 .note { color: GrayText; margin: .3rem 0; overflow-wrap: anywhere; }
-input { width: 100%; box-sizing: border-box; font: inherit; margin-bottom: .4rem; }
-button, kbd { font: inherit; } kbd { border: 1px solid GrayText; border-radius: 3px;
-  padding: 0 .3em; } button[aria-pressed="true"] { font-weight: bold; outline: 2px solid; }
-:focus-visible { outline: 4px solid #56B4E9; outline-offset: 2px; }
+input { width: 100%; box-sizing: border-box; margin-bottom: .4rem; }
+button[aria-pressed="true"] { font-weight: bold; outline: 2px solid; }
 """
 
 _SCRIPT = """
-"use strict";
 const cards = [...document.querySelectorAll("article")];
 const place = "captions-" + document.body.dataset.key;
 const words = { accept: "accepted", edit: "edited", reject: "rejected", "": "open" };
@@ -201,8 +170,7 @@ const oneLine = (text) => text.trim().split(/\\s+/).join(" ");
 let at = 0;
 
 function load() {
-  let kept = {};
-  try { kept = JSON.parse(localStorage.getItem(place)) || {}; } catch { kept = {}; }
+  const kept = stored(place) || {};
   for (const card of cards) {
     const found = kept[card.dataset.name];
     if (found) { card.dataset.verdict = found[0]; card.dataset.words = found[1]; }
@@ -214,8 +182,8 @@ function load() {
 function keep() {
   const kept = {};
   for (const { dataset } of cards) kept[dataset.name] = [dataset.verdict, dataset.words];
-  try { localStorage.setItem(place, JSON.stringify(kept)); }
-  catch { document.getElementById("counts").textContent += " (this browser keeps nothing)"; }
+  if (!store(place, kept))
+    document.getElementById("counts").textContent += " (this browser keeps nothing)";
 }
 
 function show(card) {
@@ -279,10 +247,7 @@ function lines() {
 }
 
 function download() {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([lines()], { type: "application/jsonl" }));
-  link.download = "decisions.jsonl";
-  link.click();
+  offer("decisions.jsonl", lines(), "application/jsonl");
 }
 
 document.addEventListener("focusin", ({ target }) => {

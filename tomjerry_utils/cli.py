@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from tomjerry_utils import UserError, __version__, cli_caption
+from tomjerry_utils import UserError, __version__, cli_caption, cli_choose
 from tomjerry_utils.cli_options import (
     Parser,
     above_zero,
@@ -177,6 +177,8 @@ def _translate(arguments: argparse.Namespace) -> None:
         method=arguments.method,
         steps=arguments.steps,
         seed=arguments.seed,
+        samples=arguments.samples,
+        size=arguments.size,
         weights=arguments.weights,
         overwrite=arguments.overwrite,
     )
@@ -335,6 +337,7 @@ def _parser() -> argparse.ArgumentParser:
         "tomjerry translate frame.png --out out",
         "tomjerry translate data/starter/cartoon/cat --class tom --out out",
         "tomjerry translate frames --method sdedit --seed 3 --out out --overwrite",
+        "tomjerry translate wide.jpg --samples 4 --size keep --out out",
     )
     added.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="pictures and folders")
     with_out(added)
@@ -346,12 +349,28 @@ def _parser() -> argparse.ArgumentParser:
         help="whom the pictures are about; auto reads it off each (auto)",
     )
     added.add_argument(
-        "--method", default="ours", metavar="NAME", help="ours, identity, colour or sdedit (ours)"
+        "--method",
+        default="ours",
+        metavar="NAME",
+        help="ours, identity, colour, sdedit, ddib, cyclediffusion, ilvr or egsde (ours)",
     )
     added.add_argument(
         "--steps", type=natural_number, metavar="N", help="DDIM steps (the profile's)"
     )
     added.add_argument("--seed", type=seed_number, default=0, metavar="S", help="of the noise (0)")
+    added.add_argument(
+        "--samples",
+        type=natural_number,
+        default=1,
+        metavar="N",
+        help="of each picture: NAME.png, NAME_2.png … NAME_N.png (1)",
+    )
+    added.add_argument(
+        "--size",
+        choices=("model", "keep"),
+        default="model",
+        help="shorter side as the model draws it, or all enlarged to the input's pixels (model)",
+    )
     added.add_argument("--weights", type=Path, metavar="DIR", help="a translator's folder")
     with_profile(added)
     added.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -368,6 +387,8 @@ def _parser() -> argparse.ArgumentParser:
         "--label", metavar="NAME", help="what to call it in the report (the folder's name)"
     )
     added.add_argument("--json", type=Path, required=True, metavar="FILE", help="where to write it")
+
+    cli_choose.add(commands)
 
     added = command(
         "export",

@@ -20,7 +20,7 @@ import numpy as np
 from tomjerry_utils import baselines, features, ldm, metrics, scenes, transfer
 from tomjerry_utils.images import load_image, save_image
 from tomjerry_utils.judges import Judges, load_judges
-from tomjerry_utils.measures import kid, kid_draws, paired_bootstrap
+from tomjerry_utils.measures import kid, kid_draws, on_manifold, paired_bootstrap, recall_draws
 from tomjerry_utils.picking import PICKS, SHORTLIST, attempt_file, noise_seed, pick, rule
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.progress import progress
@@ -53,6 +53,8 @@ METRICS: dict[str, tuple[str, bool, int]] = {
     "perceptual": ("perceptual\ndistance", False, 3),
     "kid": ("KID", False, 4),
 }
+# Also in `results`, but in no table: whether higher is better.
+MORE = {"cartoon_share": False, "structure": False, "precision": True, "recall": True}
 
 
 class Pictures(Mapping[str, np.ndarray]):
@@ -317,6 +319,14 @@ def _differences(
         "ci95": np.percentile(draws[0] - draws[1], [2.5, 97.5]).tolist(),
         "n": len(ours["features"]),
     }
+    sets = [scored["features"] for scored in (ours, rival)]
+    recalls = [recall_draws(vectors, real, samples=bootstrap) for vectors in sets]
+    covered = [float(on_manifold(real, vectors).mean()) for vectors in sets]
+    out["recall"] = {
+        "difference": covered[0] - covered[1],
+        "ci95": np.nanpercentile(recalls[0] - recalls[1], [2.5, 97.5]).tolist(),
+        "n": len(ours["features"]),
+    }
     return {name: row | {"verdict": verdict(name, row["ci95"])} for name, row in out.items()}
 
 
@@ -325,7 +335,8 @@ def verdict(metric: str, ci95: Sequence[float]) -> str:
     low, high = ci95
     if low <= 0 <= high:
         return "undecided"
-    return "better" if (low > 0) == METRICS[metric][1] else "worse"
+    higher = METRICS[metric][1] if metric in METRICS else MORE[metric]
+    return "better" if (low > 0) == higher else "worse"
 
 
 def _number(value: float) -> float | None:

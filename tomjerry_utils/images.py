@@ -124,6 +124,13 @@ def resize(array: np.ndarray, size: int | tuple[int, int], *, fit: Fit = "crop")
     raise ValueError(f"no fit '{fit}': crop, pad or stretch")
 
 
+def resize_short(array: np.ndarray, size: int) -> np.ndarray:
+    """Resize a picture so that its shorter side has `size` pixels, and keep its aspect."""
+    height, width = _check(array).shape[:2]
+    short = min(height, width)
+    return resize(array, (round(height * size / short), round(width * size / short)))
+
+
 def to_tensor(images: np.ndarray) -> Tensor:
     """`(B, H, W, 3)` or `(H, W, 3)` uint8 → `(B, 3, H, W)` float32 in [-1, 1]."""
     import torch

@@ -144,6 +144,9 @@ def layout_loss(
 class Alignment:
     """Where keypoints are in each domain: tensors (classes, actions + 1, 2, POINTS, 2, 2).
 
+    Unpaired, but not without an assumption: within a class and action, both sets show the same
+    mixture of poses and places.
+
     The last axis holds mean and deviation, in shares; the last action stands for all of them.
     Animals that face left are mirrored first, so both directions share their statistics.
     """

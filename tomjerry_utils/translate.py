@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tomjerry_utils import UserError, baselines, transfer
-from tomjerry_utils.images import list_images, load_image, save_image
+from tomjerry_utils import UserError, baselines, panorama, transfer
+from tomjerry_utils.autoencoder import factor_of
+from tomjerry_utils.images import list_images, load_image, resize, resize_short, save_image
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.progress import progress
 from tomjerry_utils.runs import (
@@ -23,7 +24,10 @@ from tomjerry_utils.runs import (
     run_root,
     write_jsonl,
 )
-from tomjerry_utils.translator import load_translator
+from tomjerry_utils.translator import Translator, load_translator
+
+SIZES = ("model", "keep")
+CHUNK = 25  # pictures between two looks at the report, at most
 
 
 def find_weights(profile: Profile, weights: Path | None) -> tuple[Path, str]:
@@ -71,26 +75,118 @@ def translate_files(
     method: str = "ours",
     steps: int | None = None,
     seed: int = 0,
+    samples: int = 1,
+    size: str = "model",
     weights: Path | None = None,
     overwrite: bool = False,
 ) -> list[dict[str, Any]]:
     """Translate pictures and folders for `tomjerry translate`.
 
-    Writes `<stem>.png` (folders mirrored) and `report.jsonl` with file, class, distance, seconds.
-    Every input is read before the first is translated. A translation depends on its picture and
-    the seed, not on what else is translated with it.
+    Writes `<stem>.png` (folders mirrored), further samples as `<stem>_2.png` and so on, and
+    `report.jsonl` with file, sample, class, distance, seconds. Every input is read before the
+    first is translated. A translation depends on its picture, the seed and the sample's number, not
+    on what else is translated with it. A picture is in the report before it is in the folder, so
+    the same command goes on from wherever it was killed.
 
     Args:
+        samples: translations of each input; they differ in noise and coats.
+        size: "model" makes the shorter side the translator's own size, "keep" enlarges the result
+            to the input's pixels, which adds no detail; either keeps the input's aspect.
         overwrite: make outputs anew that are there; without it they are kept.
 
     Raises:
-        UserError: a missing or unreadable input, two inputs with one output, no weights, an
-            unknown method.
+        UserError: a missing or unreadable input, one longer than :data:`panorama.LONGEST` times its
+            shorter side, two pictures with one output, no weights, an unknown method or size.
     """
     path, line = find_weights(profile, weights)
     log(line)
-    if method not in ("ours", *baselines.METHODS):
-        raise UserError(f"--method {method}: choose from ours, {', '.join(baselines.METHODS)}")
+    if method not in ("ours", *baselines.RIVALS):
+        raise UserError(f"--method {method}: choose from ours, {', '.join(baselines.RIVALS)}")
+    if size not in SIZES:
+        raise UserError(f"--size {size}: choose from {', '.join(SIZES)}")
+    jobs = _jobs(inputs, out, samples)
+    there = {job.target for job in jobs if job.target.exists()}
+    if there and not overwrite:
+        log(f"{len(there)} outputs exist and are kept; --overwrite makes them anew")
+        jobs = [job for job in jobs if job.target not in there]
+    translator = load_translator(path, profile)
+    longest = translator.scheduler.config.num_train_timesteps
+    if steps is not None and steps > longest:
+        raise UserError(f"--steps {steps}: the noise schedule has {longest}; give no more")
+    for source in dict.fromkeys(job.source for job in jobs):
+        _read(source, translator.size)
+    reference = read_json(path / "translator.json")["reference"]
+    out.mkdir(parents=True, exist_ok=True)
+    written = out / "report.jsonl"
+    before = read_jsonl(written) if written.is_file() else []
+    rows = {(row.get("file"), row.get("sample", 1)): row for row in before}
+    for job in jobs:
+        if job.target not in there:
+            rows.pop(job.key, None)
+    report: list[dict[str, Any]] = []
+    with progress(len(jobs), "translate", unit="picture") as shown:
+        for some in _chunks(jobs, min(CHUNK, profile.compare.batch_size)):
+            pictures, edges = zip(
+                *(_read(job.source, translator.size) for job in some), strict=True
+            )
+            made = _translate(
+                translator,
+                pictures,
+                [None if cls == "auto" else cls] * len(some),
+                method=method,
+                steps=steps,
+                seed=seed,
+                numbers=[_number(x, job.sample) for x, job in zip(pictures, some, strict=True)],
+            )
+            far = distance(np.stack([each.square for each in made]), reference)
+            new = [
+                {
+                    "file": str(job.source),
+                    "sample": job.sample,
+                    "class": each.cls,
+                    "distance": round(float(d), 3),
+                    "seconds": round(each.seconds, 4),
+                }
+                for job, each, d in zip(some, made, far, strict=True)
+            ]
+            rows |= {job.key: row for job, row in zip(some, new, strict=True)}
+            write_jsonl(written, rows.values())
+            for job, each, edge in zip(some, made, edges, strict=True):
+                picture = resize(each.picture, edge) if size == "keep" else each.picture
+                save_image(job.target, picture)
+            report += new
+            shown.update(len(some))
+    return report
+
+
+# ---- helpers -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One picture to make."""
+
+    source: Path
+    target: Path
+    sample: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return str(self.source), self.sample
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A translation; `square` is the part of its source that its class is read from."""
+
+    picture: np.ndarray
+    cls: str
+    square: np.ndarray
+    seconds: float
+
+
+def _jobs(inputs: Sequence[Path], out: Path, samples: int) -> list[_Job]:
+    """The pictures to make, first samples first: they are batched as they are without others."""
     pairs: list[tuple[Path, Path]] = []
     for given in inputs:
         if given.is_dir():
@@ -101,60 +197,97 @@ def translate_files(
             pairs.append((given, out / f"{given.stem}.png"))
         else:
             raise UserError(f"{given}: no such file or folder; check the path")
-    seen: dict[Path, Path] = {}
-    for source, target in pairs:
-        if target in seen:
-            raise UserError(f"{source} and {seen[target]} would both become {target}: rename one")
-        seen[target] = source
+    jobs = [_Job(source, target, 1) for source, target in pairs] + [
+        _Job(source, target.with_name(f"{target.stem}_{sample}.png"), sample)
+        for source, target in pairs
+        for sample in range(2, samples + 1)
+    ]
+    seen: dict[Path, _Job] = {}
+    for job in jobs:
+        other = seen.setdefault(job.target, job)
+        if other is not job:
+            which = f"sample {job.sample} of " if job.sample > 1 else ""
+            raise UserError(
+                f"{which}{job.source} and {other.source} would both become {job.target}: rename one"
+            )
     own = {source.resolve() for source, _ in pairs}
     if drowned := [target for target in seen if target.resolve() in own]:
         raise UserError(f"{drowned[0]} is an input and would be overwritten: choose another --out")
-    there = [t for t in seen if t.exists()]
-    if there and not overwrite:
-        log(f"{len(there)} outputs exist and are kept; --overwrite makes them anew")
-        pairs = [(s, t) for s, t in pairs if t not in set(there)]
-    translator = load_translator(path, profile)
-    longest = translator.scheduler.config.num_train_timesteps
-    if steps is not None and steps > longest:
-        raise UserError(f"--steps {steps}: the noise schedule has {longest}; give no more")
-    for source, _ in pairs:
-        load_image(source, translator.size)
-    reference = read_json(path / "translator.json")["reference"]
-    out.mkdir(parents=True, exist_ok=True)
-    report: list[dict[str, Any]] = []
-    written = out / "report.jsonl"
-    anew = {str(source) for source, _ in pairs}
-    before = read_jsonl(written) if written.is_file() else []
-    write_jsonl(written, [row for row in before if row.get("file") not in anew])
-    with written.open("a", encoding="utf-8") as file:
-        chunk = 25
-        for begin in progress(range(0, len(pairs), chunk), "translate"):
-            some = pairs[begin : begin + chunk]
-            started = time.monotonic()
-            images = np.stack([load_image(s, translator.size) for s, _ in some])
-            classes = [None if cls == "auto" else cls] * len(some)
-            numbers = [int.from_bytes(sha256(x.tobytes()).digest()[:4]) for x in images]
-            if method == "ours":
-                made = translator.translate(
-                    images, classes, seed=seed, steps=steps, numbers=numbers
-                )
-                pictures, names = made.images, made.classes
-            else:
-                pictures, names = baselines.run(
-                    method, translator, images, classes, seed=seed, steps=steps, numbers=numbers
-                )
-            far = distance(images, reference)
-            each = (time.monotonic() - started) / len(some)
-            for (source, target), picture, name, d in zip(some, pictures, names, far, strict=True):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                save_image(target, picture)
-                row = {
-                    "file": str(source),
-                    "class": name,
-                    "distance": round(float(d), 3),
-                    "seconds": round(each, 4),
-                }
-                report.append(row)
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-    return report
+    return jobs
+
+
+def _chunks(jobs: Sequence[_Job], most: int) -> list[list[_Job]]:
+    """Jobs in batches; further samples never share one with first samples."""
+    out = []
+    for kind in ([j for j in jobs if j.sample == 1], [j for j in jobs if j.sample > 1]):
+        out += [kind[begin : begin + most] for begin in range(0, len(kind), most)]
+    return out
+
+
+def _read(source: Path, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """A picture with its shorter side at `size`, and the file's own (height, width)."""
+    picture = load_image(source)
+    height, width = picture.shape[:2]
+    if max(height, width) > panorama.LONGEST * min(height, width):
+        raise UserError(
+            f"{source}: {width}×{height} pixels, longer than {panorama.LONGEST} times the shorter "
+            "side: cut it into parts"
+        )
+    return resize_short(picture, size), (height, width)
+
+
+def _number(picture: np.ndarray, sample: int) -> int:
+    """What a translation's noise is drawn by, beside the seed."""
+    more = b"" if sample == 1 else sample.to_bytes(8)
+    return int.from_bytes(sha256(picture.tobytes() + more).digest()[:4])
+
+
+def _translate(
+    translator: Translator,
+    pictures: Sequence[np.ndarray],
+    classes: Sequence[str | None],
+    *,
+    method: str,
+    steps: int | None,
+    seed: int,
+    numbers: Sequence[int],
+) -> list[_Made]:
+    """Translate pictures whose shorter side has the translator's size; squares go together."""
+    made: dict[int, _Made] = {}
+    square = [i for i, x in enumerate(pictures) if x.shape[0] == x.shape[1]]
+    if square:
+        begun = time.monotonic()
+        options: dict[str, Any] = {"seed": seed, "steps": steps}
+        options["numbers"] = [numbers[i] for i in square]
+        images, given = np.stack([pictures[i] for i in square]), [classes[i] for i in square]
+        if method == "ours":
+            translation = translator.translate(images, given, **options)
+            results, names = translation.images, translation.classes
+        else:
+            results, names = baselines.run(method, translator, images, given, **options)
+        each = (time.monotonic() - begun) / len(square)
+        for i, picture, name in zip(square, results, names, strict=True):
+            made[i] = _Made(picture, name, pictures[i], each)
+    for i in (i for i in range(len(pictures)) if i not in made):
+        begun = time.monotonic()
+        height, width = pictures[i].shape[:2]
+        padded = panorama.pad(pictures[i], factor_of(translator.vae))
+        layout = panorama.lay_out(translator, padded)
+        name = classes[i] or layout.cls
+        picture = panorama.translate(
+            translator,
+            padded,
+            layout,
+            name,
+            method=method,
+            seed=seed,
+            steps=steps,
+            number=numbers[i],
+        )
+        made[i] = _Made(
+            picture[:height, :width],
+            name,
+            layout.squares(padded)[0],
+            time.monotonic() - begun,
+        )
+    return [made[i] for i in range(len(pictures))]

@@ -263,16 +263,16 @@ figure = figures.contact_sheet(
         *marked(drawings, nets.find(tensors), who),
         *parts_of(as_drawn),
         *marked(parts_of(posed), aligned, who),
-        *parts_of(posed),
     ],
     columns=len(shown),
-    row_titles=["keypoints found", "parts as drawn", "keypoints aligned", "a natural body"],
+    row_titles=["keypoints found", "parts as drawn", "a natural body"],
+    cell=0.9,
 )
 saved = figures.save_figure(
     figure,
     "postures",
-    alt="Held-out cartoons with the keypoints that were found, their part maps as drawn with large "
-    "heads and eyes, the keypoints moved to natural places, and the part maps of natural bodies "
+    alt="Held-out cartoons with the keypoints that were found; their part maps as drawn, with large "
+    "heads and eyes; and the keypoints moved to natural places, on the part maps of natural bodies "
     "in the same poses, with smaller heads and eyes.",
     run=settings,
     notebook="05_regularized_transfer",

@@ -1,0 +1,229 @@
+"""Scores of translated scenes: every measure of `metrics`, with its interval, on arrays.
+
+Here each picture is looked at and judged; `metrics` reads folders and adds the rows to compare
+with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tomjerry_utils import features, scenes
+from tomjerry_utils import judges as judging
+from tomjerry_utils.images import resize
+from tomjerry_utils.measures import (
+    BOOTSTRAP,
+    NEIGHBOURS,
+    SUBSET_SIZE,
+    SUBSETS,
+    bootstrap_ci,
+    iou,
+    kid,
+    kid_interval,
+    on_manifold,
+    pck,
+    recall_draws,
+    structure_distance,
+)
+from tomjerry_utils.progress import progress
+from tomjerry_utils.twins import BATCH, REFERENCES, SIZE, Truth, look, reference, twins_of
+
+KEYS = (
+    "class_accuracy", "action_accuracy", "mask_iou", "pck", "perceptual", "kid",
+    "cartoon_share", "structure", "precision", "recall",
+)  # fmt: skip
+STRUCTURE_NAME = "efficientnet-lite0 self-similarity at 1/16"
+# The depth whose self-similarity tells a scene's cartoon and twin from other pairs best: of 1/4,
+# 1/8, 1/16 and 1/32, twins lie apart .77, .69, .61 and .82 of what strangers do.
+_STRUCTURE_MAP = 3
+_CARTOON = judging.ANSWERS.index("cartoon")
+
+
+def score(
+    images: np.ndarray,
+    seeds: Sequence[int],
+    *,
+    judges: judging.Judges | None = None,
+    references: int = REFERENCES,
+    bootstrap: int = BOOTSTRAP,
+    show: bool = False,
+) -> dict[str, Any]:
+    """Score translations of scenes against the scenes' hidden twins.
+
+    Args:
+        images: (N, H, W, 3) uint8, resized to 64 px where they are not.
+        seeds: of the scenes, in the order of the images; validation or test range and above.
+        judges: by default those that ship.
+        show: say how far it is.
+
+    Returns:
+        n; metrics and by_class as in `tomjerry evaluate`; and, to pair methods scene by scene,
+        each: metric → (N,) with NaN where it does not apply; answers: the class judge's words;
+        features: (N, 1280), from which KID and recall come.
+
+    Raises:
+        ValueError: not one seed per picture, or a seed from a range that is trained on.
+    """
+    if len(images) != len(seeds) or not len(seeds):
+        raise ValueError(f"need one seed per picture, got {len(images)} and {len(seeds)}")
+    if min(seeds) < scenes.RANGES["validation"][0]:
+        raise ValueError(f"seed {min(seeds)} is from a range that models are trained on")
+    if images.shape[1:3] != (SIZE, SIZE):
+        images = np.stack([resize(image, SIZE) for image in images])
+    truth = twins_of(tuple(int(seed) for seed in seeds))
+    judges = judges or judging.load_judges()
+    options = {"references": references, "bootstrap": bootstrap}
+    found = measure({"made": images}, truth, judges, show=show, **options)["made"]
+    found["by_class"] = {}
+    for i, cls in enumerate(scenes.CLASSES):
+        if (chosen := truth.classes == i).any():
+            each = {name: values[chosen] for name, values in found["each"].items()}
+            vectors = found["features"][chosen]
+            found["by_class"][cls] = _summary(each, vectors, i, references, bootstrap)
+    return found
+
+
+def diversity(images: np.ndarray, *, bootstrap: int = BOOTSTRAP) -> dict[str, Any]:
+    """How different several outputs of one source are: the mean perceptual distance of two.
+
+    Args:
+        images: (N, M, H, W, 3) uint8, M ≥ 2 outputs of each of N sources.
+
+    Returns:
+        value, ci95 over the sources, n, outputs and features.
+    """
+    count = images.shape[1]
+    if count < 2:
+        raise ValueError(f"one picture of a source is like no other: need two, got {count}")
+    values = []
+    for outputs in images:
+        maps, _ = look(outputs)
+        first, second = (list(side) for side in zip(*combinations(range(count), 2), strict=True))
+        values.append(_distance([m[first] for m in maps], [m[second] for m in maps]).mean())
+    spread = np.array(values, float)
+    return {
+        "value": float(spread.mean()),
+        "ci95": bootstrap_ci(spread, samples=bootstrap),
+        "n": len(spread),
+        "outputs": count,
+        "features": features.DISTANCE_NAME,
+    }
+
+
+def measure(
+    sets: Mapping[str, np.ndarray],
+    truth: Truth,
+    judges: judging.Judges,
+    *,
+    references: int,
+    bootstrap: int,
+    show: bool,
+) -> dict[str, dict[str, Any]]:
+    """Score sets of pictures of the same scenes; what they share is looked at once.
+
+    Args:
+        sets: name → (N, 64, 64, 3) uint8, in the order of the truth's scenes.
+        show: say how far it is.
+
+    Returns:
+        name → n, metrics, each, answers and features as :func:`score` returns them.
+    """
+    near: dict[str, list[np.ndarray]] = {name: [] for name in sets}
+    layout: dict[str, list[np.ndarray]] = {name: [] for name in sets}
+    pooled: dict[str, list[np.ndarray]] = {name: [] for name in sets}
+    starts = range(0, len(truth.seeds), BATCH)
+    for start in progress(starts, "evaluate: features", unit=f"x{BATCH}", show=show):
+        part = slice(start, start + BATCH)
+        twin, _ = look(truth.images[part])
+        source = look(truth.sources[part])
+        cells = source[0][_STRUCTURE_MAP].numpy()
+        for name, images in sets.items():
+            maps, vectors = source if images is truth.sources else look(images[part])
+            near[name].append(_distance(maps, twin))
+            layout[name].append(structure_distance(maps[_STRUCTURE_MAP].numpy(), cells))
+            pooled[name].append(vectors)
+    real, _ = reference(references)
+    out = {}
+    for name, images in progress(sets.items(), "evaluate: judges", unit="set", show=show):
+        said = judges.read(images)
+        answers = said.classes.argmax(1)
+        vectors = np.concatenate(pooled[name])
+        each = {
+            "class_accuracy": (answers == truth.classes).astype(float),
+            "action_accuracy": (said.actions.argmax(1) == truth.actions).astype(float),
+            "mask_iou": iou(said.masks, truth.masks),
+            "pck": pck(said.keypoints, truth.points, truth.masks),
+            "perceptual": np.concatenate(near[name]).astype(float),
+            "cartoon_share": (answers == _CARTOON).astype(float),
+            "structure": np.concatenate(layout[name]),
+            "precision": on_manifold(vectors, real).astype(float),
+        }
+        out[name] = {
+            "n": len(truth.seeds),
+            "each": each,
+            "answers": [judging.ANSWERS[i] for i in answers],
+            "features": vectors,
+            "metrics": _summary(each, vectors, None, references, bootstrap),
+        }
+    return out
+
+
+# ---- helpers ------------------------------------------------------------------------------------
+
+
+def _distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> np.ndarray:
+    """`features.perceptual_distance` from feature maps that are already there."""
+    total = torch.zeros(len(first[0]))
+    for a, b in zip(first, second, strict=True):
+        gap = F.normalize(a, dim=1, eps=1e-6) - F.normalize(b, dim=1, eps=1e-6)
+        total += gap.square().sum(1).mean((1, 2))
+    return (total / len(first)).numpy()
+
+
+def _summary(
+    each: Mapping[str, np.ndarray],
+    vectors: np.ndarray,
+    cls: int | None,
+    references: int,
+    bootstrap: int,
+) -> dict[str, dict[str, Any]]:
+    """Value, interval and number of pictures of every metric; of a class, its own reference's."""
+    out: dict[str, dict[str, Any]] = {}
+    for name, values in each.items():
+        there = values[~np.isnan(values)]
+        if len(there):
+            interval = bootstrap_ci(there, samples=bootstrap)
+            out[name] = {"value": float(there.mean()), "ci95": interval, "n": len(there)}
+    out["perceptual"]["features"] = features.DISTANCE_NAME
+    out["structure"]["features"] = STRUCTURE_NAME
+    everyone, classes = reference(references)
+    real = everyone if cls is None else everyone[classes == cls]
+    # Of a class too, precision asks for any natural picture: it is judged picture by picture.
+    manifold = {"neighbours": NEIGHBOURS, "features": features.NAME}
+    out["precision"] |= {"references": len(everyone), **manifold}
+    counts = {"n": len(vectors), "references": len(real)}
+    if min(counts.values()) >= 2:
+        out["kid"] = {
+            "value": kid(vectors, real),
+            "ci95": kid_interval(vectors, real, samples=bootstrap),
+            **counts,
+            "subsets": SUBSETS,
+            "subset_size": SUBSET_SIZE,
+            "features": features.NAME,
+        }
+    if len(vectors) > NEIGHBOURS and len(real):
+        draws = recall_draws(vectors, real, samples=bootstrap)
+        out["recall"] = {
+            "value": float(on_manifold(real, vectors).mean()),
+            "ci95": np.nanpercentile(draws, [2.5, 97.5]).tolist(),
+            **counts,
+            **manifold,
+        }
+    return {name: out[name] for name in KEYS if name in out}
