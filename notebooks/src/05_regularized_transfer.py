@@ -185,7 +185,7 @@ figure = figures.contact_sheet(
     columns=4,
     column_titles=["picture", "parts", "mouse", "tones"],
     row_titles=["cartoon", "cartoon", "natural", "natural"],
-    cell=1.1,
+    cell=0.95,
 )
 legend = [Patch(color=c / 255, label=n) for c, n in zip(PALETTE, scenes.PARTS, strict=True)]
 figure.legend(handles=legend, ncols=5, loc="upper center", bbox_to_anchor=(0.55, 0), fontsize=9)
@@ -271,9 +271,9 @@ figure = figures.contact_sheet(
 saved = figures.save_figure(
     figure,
     "postures",
-    alt="Held-out cartoons with the keypoints that were found; their part maps as drawn, with large "
-    "heads and eyes; and the keypoints moved to natural places, on the part maps of natural bodies "
-    "in the same poses, with smaller heads and eyes.",
+    alt="Held-out cartoons with the keypoints that were found; their part maps as drawn, with "
+    "large heads and eyes; and the keypoints moved to natural places, on the part maps of natural "
+    "bodies in the same poses, with smaller heads and eyes.",
     run=settings,
     notebook="05_regularized_transfer",
 )
@@ -585,6 +585,7 @@ figure = figures.contact_sheet(
     np.concatenate([stored[shown[0]]["source"][:3], *(stored[name]["made"][:3] for name in shown)]),
     columns=min(3, len(stored[shown[0]]["source"])),
     row_titles=["cartoon", *shown],
+    cell=0.85,
 )
 saved = figures.save_figure(
     figure,

@@ -366,9 +366,9 @@ for (cls, answer), count in sorted({pair: missed.count(pair) for pair in missed}
 # %% [markdown]
 # What a `mini` run teaches here:
 #
-# - **Mice are harder than cats.** What the class judge gets wrong are mice that came out as small
-#   cats. Ears, nose and tail tell them apart, and those are few pixels; the lowest overlaps are
-#   those of lying mice, little more than a ball.
+# - **Shape was the hardest.** When animals kept the shapes they are drawn in, overlap with the twin
+#   was .71 and one mouse in eleven was seen as something else (November 2026, seed 0). Natural
+#   bodies in the same poses (notebook 05, section 3) mended both.
 # - **Small and thin things.** A tail or a far leg is one cell wide on the 16 × 16 grid of latents.
 #   The part map says where it is; the decoder has too few numbers to draw it.
 # - **Fur.** Compare the rows *autoencoder* and *floor*: a good part of the KID that is left is lost
@@ -519,7 +519,7 @@ compare(
         ),
         "class accuracy": (mine["class_accuracy"]["value"], {"smoke": (0, 1), "mini": (0.9, 1)}),
         "action accuracy": (mine["action_accuracy"]["value"], {"smoke": (0, 1), "mini": (0.9, 1)}),
-        "mask IoU": (mine["mask_iou"]["value"], {"smoke": (0, 1), "mini": (0.6, 1)}),
+        "mask IoU": (mine["mask_iou"]["value"], {"smoke": (0, 1), "mini": (0.78, 1)}),
         "KID, ours / cartoons": (
             mine["kid"]["value"] / cartoon["kid"]["value"],
             {"smoke": (0, 3), "mini": (-0.1, 0.25)},
