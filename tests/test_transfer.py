@@ -427,12 +427,25 @@ def test_weights_of_another_profile_are_a_users_mistake(weights: Path, tmp_path:
 
 
 def test_shipped_weights_are_halves_that_translate_alike(
-    weights: Path, translator: Translator, cartoons: np.ndarray, tmp_path: Path
+    weights: Path,
+    translator: Translator,
+    cartoons: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ship(weights, tmp_path)
-    sizes = [sum(p.stat().st_size for p in f.rglob("*.safetensors")) for f in (tmp_path, weights)]
+    monkeypatch.setenv("TOMJERRY_ROOT", str(tmp_path))
+    foundation = tmp_path / "data" / "foundation"
+    shipped = foundation / "translator"
+    ship(weights, shipped)
+    sizes = [sum(p.stat().st_size for p in f.rglob("*.safetensors")) for f in (shipped, weights)]
     assert sizes[0] < 0.55 * sizes[1]
-    loaded = load_translator(tmp_path, SMOKE)
+    # What no stage tunes lies beside it, once.
+    with pytest.raises(UserError, match="no structure net in"):
+        load_translator(shipped, SMOKE)
+    for name in ("structure", "posture"):
+        assert not list((shipped / name).rglob("config.json"))
+        shutil.copytree(weights / name, foundation / name)
+    loaded = load_translator(shipped, SMOKE)
     assert loaded.unet.dtype == torch.float32
     ours, theirs = (t.translate(cartoons, ["tom"] * 5).images for t in (translator, loaded))
     assert np.abs(ours.astype(int) - theirs).mean() < 3

@@ -150,6 +150,8 @@ def tiny_translator(*, attention: str | None = "ldm", seed: int = 0) -> Translat
         torch.manual_seed(seed)
         net = structure.StructureNet((8, 16)).eval()
         nets = posture.Posture(posture.PoseNet((8, 16)).eval(), posture.LayoutNet((8, 16)).eval())
+        same = torch.full((3, 7, posture.ANIMALS, posture.POINTS, 2, 2), 0.2)
+        nets.alignment = posture.Alignment(same, same.clone())
         unet = tiny_unet(4 + structure.VIEW_CHANNELS, 4).eval()
         views, _ = structure.look(net, torch.from_numpy(images), (8, 8))
         mean, std = structure.tone_statistics(views)

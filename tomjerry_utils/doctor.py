@@ -24,7 +24,7 @@ from tomjerry_utils.runs import (
 
 GIB = 2**30
 # What ships; the course itself makes a translator, so that one may be missing.
-MODELS = ("autoencoder", "blip", "structure", "denoiser", "judges", "translator")
+MODELS = ("autoencoder", "blip", "structure", "posture", "denoiser", "judges", "translator")
 SPARE = ("translator",)
 STAGES = ("01_collect", "02_captions", "03_blip", "04_ldm", "05_transfer", "06_compare")
 

@@ -307,8 +307,11 @@ def pose_again(maps: Tensor, bodies: Tensor) -> Tensor:
     return torch.cat([filled * left, bodies], 1)
 
 
-def load_posture(path: str | Path) -> Posture:
-    """The two nets of a folder, float32, evaluation mode, with the alignment if it has one.
+def load_posture(path: str | Path, alignment: Path | None = None) -> Posture:
+    """The two nets of a folder, float32, evaluation mode, with the alignment if there is one.
+
+    Args:
+        alignment: its file; by default in the same folder.
 
     Raises:
         UserError: no such models there.
@@ -322,6 +325,5 @@ def load_posture(path: str | Path) -> Posture:
     )
     assert isinstance(pose, PoseNet)
     assert isinstance(layout, LayoutNet)
-    stored = folder / ALIGNMENT
-    alignment = Alignment(**load_file(stored)) if stored.is_file() else None
-    return Posture(pose, layout, alignment)
+    stored = alignment or folder / ALIGNMENT
+    return Posture(pose, layout, Alignment(**load_file(stored)) if stored.is_file() else None)

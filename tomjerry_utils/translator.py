@@ -20,7 +20,7 @@ from tomjerry_utils.autoencoder import decode, encode_all, factor_of, load_autoe
 from tomjerry_utils.denoiser import Batch, Conditioner, load_denoiser, make_scheduler, sample
 from tomjerry_utils.images import add_grain, to_uint8
 from tomjerry_utils.profiles import Profile
-from tomjerry_utils.runs import log, read_json, write_json
+from tomjerry_utils.runs import foundation_root, log, read_json, write_json
 from tomjerry_utils.scenes import CLASSES, LABELS, label_of
 from tomjerry_utils.training import pick_device
 
@@ -301,7 +301,7 @@ def _load(folder: Path, profile: Profile) -> Translator:
         conditioner=conditioner.to(device).eval(),
         scheduler=make_scheduler(facts["prediction_type"]),
         vae=vae,
-        net=structure.load_structure(folder / "structure").to(device),
+        net=structure.load_structure(_place(folder, "structure")).to(device),
         describer=blip.load(folder / "blip", device),
         size=facts["size"],
         steps=facts["sample_steps"],
@@ -311,15 +311,26 @@ def _load(folder: Path, profile: Profile) -> Translator:
         colour=facts.get("colour"),
         grain=facts.get("grain", 0.0),
         wardrobe=load_file(folder / WARDROBE),
-        posture=posture.load_posture(folder / "posture").to(device),
+        posture=posture.load_posture(
+            _place(folder, "posture/pose").parent, folder / "posture" / posture.ALIGNMENT
+        ).to(device),
     )
 
 
+def _place(folder: Path, name: str) -> Path:
+    """A part in the translator's folder; the shipped one leaves out what lies beside it."""
+    return folder / name if (folder / name).is_dir() else foundation_root() / name
+
+
 def ship(made: Path, folder: Path) -> None:
-    """Copy a finished stage 05 as half-precision weights that stand alone."""
-    for name in ("denoiser", "autoencoder", "structure", "posture", "blip"):
+    """Copy a finished stage 05 as half-precision weights.
+
+    Without the structure and posture nets, which no stage tunes: they ship once, beside it.
+    """
+    for name in ("denoiser", "autoencoder", "blip"):
         shutil.copytree(made / name, folder / name)
-    for name in (WARDROBE, "translator.json"):
+    (folder / "posture").mkdir(parents=True)
+    for name in (WARDROBE, "translator.json", f"posture/{posture.ALIGNMENT}"):
         shutil.copy(made / name, folder / name)
     for path in folder.rglob("config.json"):
         # Where the weights lay on the machine that made them is nobody's business.
