@@ -618,13 +618,15 @@ def run() -> transfer.TransferRun:
 def test_the_stage_leaves_a_translator_that_stands_alone(
     run: transfer.TransferRun, tmp_path: Path
 ) -> None:
-    import shutil
-
     names = ("denoiser", "autoencoder", "structure", "blip")
     for name in names:
         shutil.copytree(run.folder / name, tmp_path / name)
     for name in ("translator.json", "wardrobe.safetensors"):
         shutil.copy(run.folder / name, tmp_path)
+    # Without its alignment it would draw other shapes, so it is not read at all.
+    with pytest.raises(UserError, match=r"no alignment in .*posture"):
+        load_translator(tmp_path, SMOKE)
+    shutil.copytree(run.folder / "posture", tmp_path / "posture")
     alone = load_translator(tmp_path, SMOKE)
     images = tiny.pictures("cartoon", 2, first=4_000_000)
     assert np.array_equal(alone.translate(images).images, run.translator.translate(images).images)

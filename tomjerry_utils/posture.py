@@ -311,10 +311,10 @@ def load_posture(path: str | Path, alignment: Path | None = None) -> Posture:
     """The two nets of a folder, float32, evaluation mode, with the alignment if there is one.
 
     Args:
-        alignment: its file; by default in the same folder.
+        alignment: its file, which must be there; by default one in the same folder, if any.
 
     Raises:
-        UserError: no such models there.
+        UserError: no such models, or no such alignment.
     """
     folder = Path(path)
     if not (folder / "pose" / "config.json").is_file():
@@ -325,5 +325,7 @@ def load_posture(path: str | Path, alignment: Path | None = None) -> Posture:
     )
     assert isinstance(pose, PoseNet)
     assert isinstance(layout, LayoutNet)
+    if alignment is not None and not alignment.is_file():
+        raise UserError(f"no alignment in {alignment.parent}: copy or make the translator anew")
     stored = alignment or folder / ALIGNMENT
     return Posture(pose, layout, Alignment(**load_file(stored)) if stored.is_file() else None)

@@ -556,7 +556,8 @@ for name, row in table.items():
 # Attention sees its tokens as a set without order: *where* something is has to squeeze through,
 # and a minute of training does not open that way. The structure path, the same view laid beside
 # the noisy latents place by place, works at once. "+ posture" gives it natural bodies: overlap with
-# the *drawn* silhouette falls a little, as it should. The BLIP term changes little on top.
+# the *drawn* silhouette falls to what a cartoon has with its own twin, as it should. The BLIP term
+# changes little on top.
 #
 # Blue dots are this run. Where the repository carries the long study (`make study`: as many steps
 # as the translator itself has, over three training seeds), its means and 95 % intervals are drawn
