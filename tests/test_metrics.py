@@ -183,7 +183,8 @@ def test_collapse_is_no_loss_of_precision(corrupted: dict[str, dict[str, Any]]) 
     assert one["recall"]["value"] < 0.1 < 0.5 < whole["recall"]["value"]
     # Another scene's picture is no less real, nor is another class's.
     assert corrupted["other scene 1.0"]["kid"]["value"] == pytest.approx(whole["kid"]["value"])
-    assert corrupted["blur 3.0"]["precision"]["value"] < 0.1
+    # Thirty-six pictures: precision comes in steps of 1/36 and is itself uncertain by ±.15.
+    assert corrupted["blur 3.0"]["precision"]["value"] < 0.4 < 0.6 < whole["precision"]["value"]
 
 
 def test_diversity() -> None:
