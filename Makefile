@@ -46,7 +46,8 @@ course: $(STAMP)
 	@$(VENV)/bin/tomjerry course --profile $(PROFILE)
 
 test: check
-	@$(PY) -m pytest --cov --cov-report=term --cov-fail-under=85 --durations=15
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile \
+	  --cov --cov-report=term --cov-fail-under=85 --durations=15
 
 check: $(STAMP)
 	@echo "==> style and types"

@@ -287,6 +287,33 @@ def test_knobs_reach_their_samplers(translator: Any, cartoons: np.ndarray) -> No
         made("ilvr", knobs=editing.Knobs(factor=0.5))
 
 
+def test_colour_goes_a_share_of_the_way(translator: Any, cartoons: np.ndarray) -> None:
+    def made(share: float | None) -> np.ndarray:
+        knobs = None if share is None else editing.Knobs(strength=share)
+        named = ["tom"] * len(cartoons)
+        return baselines.run("colour", translator, cartoons, named, seed=0, knobs=knobs)[0]
+
+    assert np.array_equal(made(0.0), cartoons)
+    assert np.array_equal(made(1.0), made(None))
+    away = [np.abs(made(share).astype(int) - cartoons).mean() for share in (0.3, 0.6, 1.0)]
+    assert 0 < away[0] < away[1] < away[2]
+
+
+def test_sdedits_strength_and_every_guidance_can_be_given(
+    translator: Any, cartoons: np.ndarray
+) -> None:
+    def made(method: str, **options: Any) -> np.ndarray:
+        return baselines.run(method, translator, cartoons[:1], ["tom"], seed=0, **options)[0]
+
+    some = made("sdedit", knobs=editing.Knobs(strength=0.3))
+    assert np.array_equal(some, made("sdedit", strength=0.3))
+    assert not np.array_equal(some, made("sdedit"))
+    for method in ("sdedit", "ilvr"):
+        own = made(method, guidance_scale=translator.guidance_scale)
+        assert np.array_equal(own, made(method))
+        assert not np.array_equal(own, made(method, guidance_scale=1.0))
+
+
 # ---- the common door ---------------------------------------------------------------------------
 
 

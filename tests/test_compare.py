@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,17 +241,38 @@ def test_the_best_try_of_a_scene_stands_for_it() -> None:
 
 
 def test_agreement_falls_with_damage(translator: Any) -> None:
-    """Shuffled outputs agree less with their sources than outputs equal to them."""
+    """Shuffled outputs agree less with what was asked for than outputs equal to it."""
+    plain = replace(translator, posture=None)  # asks for the drawing's own shapes
     seeds = compare.held_out_seeds(12)
     sources = cartoons(seeds)
-    captions = translator.conditions(sources, None).captions
-    same = picking.agreement(translator, sources, sources, captions)
-    mixed = picking.agreement(translator, sources, np.roll(sources, 1, axis=0), captions)
+    told = plain.conditions(sources, None)
+    asked = picking.asked_views(plain, sources, told.classes, batch_size=5)
+    same = picking.agreement(plain, asked, sources, told.captions)
+    mixed = picking.agreement(plain, asked, np.roll(sources, 1, axis=0), told.captions)
     assert same.shape == (12, 2)
     assert np.allclose(same[:, 1], 1, atol=1e-5)
     assert (mixed[:, 1] < same[:, 1]).all()
-    whole = picking.agreement(translator, sources, sources, captions, batch_size=5)
+    whole = picking.agreement(plain, asked, sources, told.captions, batch_size=5)
     assert np.allclose(whole, same, atol=1e-4)
+
+
+def test_outputs_are_held_to_the_posed_body_not_to_the_drawing(
+    translator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The translator asks for natural bodies: one that gave the drawing's would agree less."""
+    natural, drawn = (tiny_models.truth(style, 4) for style in ("natural", "cartoon"))
+    views = [structure.view(d["maps"], d["images"], (8, 8)) for d in (natural, drawn)]
+    monkeypatch.setattr(type(translator.posture), "pose", lambda *_, **__: natural["maps"])
+    sources = cartoons(compare.held_out_seeds(4))
+    asked = picking.asked_views(translator, sources, ["both"] * 4)
+    wanted = structure.drawn_maps(asked)
+    assert torch.allclose(wanted, structure.drawn_maps(views[0]), atol=1e-5)
+    overlaps = []
+    for seen in views:
+        monkeypatch.setattr(structure, "look", lambda *_, seen=seen: (seen, None))
+        overlaps.append(picking.agreement(translator, asked, sources, ["a cat is sitting"] * 4))
+    assert np.allclose(overlaps[0][:, 1], 1, atol=1e-5)
+    assert (overlaps[1][:, 1] < 0.9).all()
 
 
 def test_picking_asks_no_judge_and_no_reported_feature() -> None:
@@ -266,6 +288,15 @@ def test_picking_asks_no_judge_and_no_reported_feature() -> None:
 
 
 # ---- figures -----------------------------------------------------------------------------------
+
+
+def test_promising_scenes_are_of_different_actions_while_there_are_any() -> None:
+    actions = ["lie", "lie", "sit", "lie", "run", None, "sit"]
+    order = [3, 1, 6, 0, 4, 2, 5]  # best first
+    assert picking.varied(order, actions, 3) == [3, 6, 4]
+    assert picking.varied(order, actions, 4) == [3, 6, 4, 5]
+    assert picking.varied(order, actions, 6) == [3, 6, 4, 5, 1, 0]  # then by score again
+    assert picking.varied(order[:2], actions, 4) == [3, 1]
 
 
 def test_the_comparison_shows_every_pick(run: compare.CompareRun) -> None:

@@ -9,7 +9,7 @@ import tiny_models as tiny
 import torch
 from diffusers import UNet2DConditionModel
 
-from tomjerry_utils import UserError
+from tomjerry_utils import UserError, sampling
 from tomjerry_utils import denoiser as dn
 from tomjerry_utils.scenes import LABELS
 
@@ -262,7 +262,9 @@ def test_with_attention_adds_tokens_that_start_silent(reading: str, more: int) -
 def test_widen_starts_unchanged() -> None:
     narrow = unet(4)
     wide = unet(4)
+    state = torch.get_rng_state()
     dn.widen(wide, 9)
+    assert torch.equal(torch.get_rng_state(), state)
     assert wide.config.in_channels == 9
     x, tokens = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
     with torch.no_grad():
@@ -278,7 +280,7 @@ def test_widen_starts_unchanged() -> None:
 
 def draw(seed: int = 0, **options: object) -> torch.Tensor:
     settings: dict = {"steps": 3, "guidance_scale": 1.0} | options
-    return dn.sample(
+    return sampling.sample(
         unet(), conditioner(), tiny.random_batch(3), dn.make_scheduler("sample"),
         generator=torch.Generator().manual_seed(seed), **settings,
     )  # fmt: skip
@@ -333,7 +335,7 @@ def test_a_start_is_kept_more_the_less_it_is_noised() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parametrisation_samples_finite_latents(kind: str) -> None:
-    out = dn.sample(
+    out = sampling.sample(
         unet(), conditioner(), tiny.random_batch(2), dn.make_scheduler(kind), steps=4,
         guidance_scale=2.0, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip

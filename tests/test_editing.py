@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tomjerry_utils import UserError, editing
-from tomjerry_utils.denoiser import NO_CLASS, Conditioner, from_x0, make_scheduler, sample
+from tomjerry_utils.denoiser import NO_CLASS, Conditioner, from_x0, make_scheduler
+from tomjerry_utils.sampling import sample
 from tomjerry_utils.scenes import LABELS
 
 KINDS = ("sample", "epsilon", "v_prediction")

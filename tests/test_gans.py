@@ -425,7 +425,8 @@ def test_a_budget_of_seconds_ends_a_run_that_a_larger_one_goes_on_with(tmp_path:
         made = short("cut", tmp_path / "part", seconds=seconds, steps=None, batch_size=1)
         rows = (tmp_path / "part" / "history.jsonl").read_text().splitlines()
         taken = [0.0, *(json.loads(row)["seconds"] for row in rows)]
-        assert taken[-2] < seconds <= taken[-1], "the step that uses it up is the last"
+        # Rows hold rounded seconds; rounding keeps order, so equal is as far as it may go.
+        assert taken[-2] <= seconds <= taken[-1], "the step that uses it up is the last"
         assert made.facts["steps"] == len(rows) >= 1
         return made
 

@@ -191,7 +191,11 @@ def test_seed_ranges_do_not_overlap() -> None:
     assert scenes.RANGES["test"] == (5_000_000, 6_000_000)
 
 
-@pytest.mark.parametrize("name", ["ldm", "transfer", "structure", "blip", "denoiser", "training"])
+@pytest.mark.parametrize(
+    "name",
+    ["ldm", "transfer", "structure", "blip", "denoiser", "training", "rivals", "rival_training",
+     "budgets", "tuning"],
+)  # fmt: skip
 def test_judges_do_not_teach(name: str) -> None:
     """No training, guidance or picking may call a judge."""
     tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))

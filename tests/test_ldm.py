@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
 
-from tomjerry_utils import blip, ldm, scenes, structure
+from tomjerry_utils import UserError, blip, ldm, processes, scenes, structure, training
 from tomjerry_utils.autoencoder import load_autoencoder
 from tomjerry_utils.denoiser import NO_CLASS, Conditioner, make_scheduler
 from tomjerry_utils.profiles import Profile, load_profile
-from tomjerry_utils.runs import model_source, read_json, read_provenance
+from tomjerry_utils.runs import model_source, read_json, read_jsonl, read_provenance
 from tomjerry_utils.scenes import LABELS
 
 SMOKE = load_profile("smoke")
@@ -216,3 +223,91 @@ def test_a_finished_stage_is_only_read(run: ldm.LdmRun, monkeypatch: pytest.Monk
 def test_what_it_was_made_from_is_in_its_key(run: ldm.LdmRun) -> None:
     inputs = read_provenance(run.folder)["inputs"]
     assert {"captions", "manifest", "structure", "autoencoder", "denoiser"} <= set(inputs)
+
+
+# ---- several processes -------------------------------------------------------------------------
+
+
+def upstream(run: ldm.LdmRun, runs: Path) -> Path:
+    """A run root with the stages before this one, as the session made them."""
+    for stage in run.folder.parent.glob("0[123]_*"):
+        if stage.is_dir():
+            shutil.copytree(stage, runs / SMOKE.name / stage.name)
+    return runs
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.parent.name}/{name}": value
+        for path in folder.rglob("diffusion_pytorch_model.safetensors")
+        for name, value in load_file(path).items()
+    }
+
+
+def contents(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_two_processes_make_the_stage_of_one_with_batches_twice_as_large(
+    run: ldm.LdmRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    root = Path(__file__).resolve().parent.parent
+    launched = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+         "--main_process_port", port, str(root / "scripts" / "stage.py"), "04",
+         "--profile", SMOKE.name],
+        env={**os.environ, "TOMJERRY_RUNS": str(upstream(run, tmp_path / "two")),
+             "PYTHONPATH": str(root)},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    monkeypatch.setenv("TOMJERRY_RUNS", str(upstream(run, tmp_path / "one")))
+
+    def averaging_two(*args: Any, **options: Any) -> training.TrainResult:
+        return training.train(*args, **{**options, "accumulation": 2})
+
+    monkeypatch.setattr(ldm, "train", averaging_two)
+    one = ldm.ensure(SMOKE)
+    _, errors = launched.communicate(timeout=240)
+    assert launched.returncode == 0, errors
+
+    two = tmp_path / "two" / SMOKE.name / ldm.STAGE
+    assert read_provenance(two)["key"] == one.key == run.key
+    # The main process alone wrote, and wrote the same files.
+    assert contents(two) - {"provenance.json"} == contents(one.folder) - {"provenance.json"}
+    assert len(read_json(two / "tones.json")) == 2
+    history = read_jsonl(two / "denoiser_training" / "history.jsonl")
+    # The loss that is logged is the main process's own; the steps are everyone's.
+    assert [row["step"] for row in history] == [row["step"] for row in one.history]
+    made, doubled, single = weights(two), weights(one.folder), weights(run.folder)
+    assert set(made) == set(doubled) == set(single)
+    gaps = {name: float((made[name] - doubled[name]).abs().max()) for name in made}
+    assert max(gaps.values()) < 1e-5
+    # Control: one process with one batch a step goes elsewhere.
+    assert max(float((made[name] - single[name]).abs().max()) for name in made) > 1e-4
+    with np.load(two / "samples.npz") as stored:
+        for label in LABELS:
+            away = np.abs(stored[label].astype(int) - one.samples[label])
+            assert away.max() <= 2, label
+
+
+def test_several_processes_need_the_stages_before(
+    fresh_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="tomjerry course"):
+        ldm.ensure(SMOKE)
+    assert "TOMJERRY_NO_TRAINING" not in os.environ
+    assert not any(fresh_runs.rglob("*.png"))
+
+
+def test_alone_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert processes.count() == 1 and processes.is_main()
+    processes.wait_for_all("cpu")
+    with processes.main_first("cpu"), processes.only_finished():
+        assert "TOMJERRY_NO_TRAINING" not in os.environ

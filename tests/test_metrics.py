@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -212,6 +213,33 @@ def test_diversity() -> None:
     assert graded[0]["features"] == features.DISTANCE_NAME
     with pytest.raises(ValueError, match="need two"):
         metrics.diversity(outputs[:, :1])
+
+
+class Painter:
+    """Draws natural pictures of other scenes: of the class asked for, or whatever it is asked."""
+
+    def __init__(self, listens: bool) -> None:
+        self.listens = listens
+
+    def translate(self, images: np.ndarray, asked: list[str], *, seed: int) -> SimpleNamespace:
+        classes = [scenes.describe(number).cls for number in range(FIRST, FIRST + COUNT)]
+        first = classes.index("tom")
+        chosen = [classes.index(cls) if self.listens else first for cls in asked]
+        return SimpleNamespace(images=drawn("natural")[chosen])
+
+
+def test_a_swapped_class_counts_where_the_judge_sees_what_was_asked_for() -> None:
+    cartoons = drawn("cartoon")
+    classes = [scenes.describe(number).cls for number in range(FIRST, FIRST + COUNT)]
+    options: dict[str, Any] = {"seed": 0, "judges": load_judges(), "bootstrap": 100}
+    alone = [cls for cls in classes if cls != "both"]
+    found = scoring.class_swap(Painter(True), cartoons, classes, **options)  # type: ignore[arg-type]
+    assert found == {"value": 1.0, "ci95": [1.0, 1.0], "n": len(alone)}
+    deaf = scoring.class_swap(Painter(False), cartoons, classes, **options)  # type: ignore[arg-type]
+    assert deaf["value"] == pytest.approx(alone.count("jerry") / len(alone))  # asked for a cat
+    assert deaf["ci95"][0] < deaf["value"] < deaf["ci95"][1]
+    with pytest.raises(ValueError, match="no class to swap"):
+        scoring.class_swap(Painter(True), cartoons[:1], ["both"], **options)  # type: ignore[arg-type]
 
 
 # ---- scoring -----------------------------------------------------------------------------------
@@ -434,7 +462,8 @@ def test_only_twins_draws_hidden_twins() -> None:
     assert "twins" in drawing
     # `draw` is the command `tomjerry scenes`, whose output no stage reads.
     others = drawing - {"twins", "draw"}
-    assert others <= {"foundation", "sources", "collect", "workflow"}, others
+    # `rival_training` draws the foundation's own pictures, from the seeds of `PICTURES` below.
+    assert others <= {"foundation", "rival_training", "sources", "collect", "workflow"}, others
     for name in others:
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and type(node.value) is int:

@@ -81,6 +81,30 @@ def test_alignment_takes_drawings_to_natural_places_and_mirrors_with_them() -> N
     torch.testing.assert_close(turned, mirrored(moved))
 
 
+def test_a_mouse_that_is_asked_for_takes_the_pose_of_the_cat_that_is_seen() -> None:
+    natural, drawn = points_of(90, seed=1), 0.5 + 1.3 * (points_of(90, seed=2) - 0.5) - 0.04
+    classes, actions = ["tom"] * 30 + ["jerry"] * 30 + ["both"] * 30, ["sit"] * 90
+    aligned = Alignment(
+        posture.statistics(drawn, classes, actions), posture.statistics(natural, classes, actions)
+    )
+    assert posture.takes_pose_of(
+        ["jerry", "tom", "tom", "both", "jerry"], ["tom", "jerry", "tom", "jerry", "both"]
+    ).tolist() == [[0, 0], [1, 1], [0, 1], [0, 1], [0, 1]]
+    cats, sit = drawn[:30].clone(), ["sit"] * 30
+    cats[:, 1] = 9.0  # what the finder says of a mouse that is not there
+    moved = aligned(cats, ["jerry"] * 30, sit, ["tom"] * 30)[:, 1]
+    mice = natural[30:60, 1]
+    assert (moved.mean(0) - mice.mean(0)).abs().max() < 0.02
+    # The pose is the cat's: who sat highest, or furthest right, still does.
+    own = aligned(cats, ["tom"] * 30, sit)[:, 0]
+    assert torch.equal(moved.argsort(0)[:, NOSE], own.argsort(0)[:, NOSE])
+    # Without the class that is seen nothing crosses over.
+    assert (aligned(cats, ["jerry"] * 30, sit)[:, 1] > 5).any()
+    assert torch.equal(
+        aligned(cats, ["tom"] * 30, sit, ["tom"] * 30), aligned(cats, ["tom"] * 30, sit)
+    )
+
+
 def test_a_class_and_action_with_few_pictures_takes_all_actions() -> None:
     points = points_of(40)
     points[:4] += 0.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,3 +93,13 @@ def test_the_expert_is_saved_and_read(
     again = realism.DomainExpert.from_pretrained(tmp_path).eval()
     clean = latents("natural", 3, seed=7)
     assert torch.allclose(odds(again, clean, 100), odds(expert, clean, 100), atol=1e-4)
+
+
+def test_an_expert_can_be_given_seconds_instead_of_steps(tmp_path: Path) -> None:
+    scheduler = make_scheduler("sample")
+    options: dict[str, Any] = {"scheduler": scheduler, "seed": 0, "batch_size": 8, "device": "cpu"}
+    sets = [latents(domain, 16, seed=1) for domain in ("cartoon", "natural")]
+    _, result = realism.train_expert(*sets, folder=tmp_path, seconds=0.5, **options)
+    assert result.steps > 1 and 0.5 <= result.seconds < 5
+    with pytest.raises(ValueError, match="steps or seconds"):
+        realism.train_expert(*sets, folder=tmp_path, **options)

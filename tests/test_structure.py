@@ -71,6 +71,14 @@ def test_view_has_every_part_at_twice_the_grid(natural: dict[str, Tensor]) -> No
     assert eyes.sum() >= 4
 
 
+def test_a_view_gives_its_part_maps_back(natural: dict[str, Tensor]) -> None:
+    views = structure.view(natural["maps"], natural["images"], GRID)
+    back = structure.drawn_maps(views)
+    assert torch.allclose(back, F.avg_pool2d(natural["maps"], 2), atol=1e-5)
+    standard = structure.standardise(views, *structure.tone_statistics(views))
+    assert torch.equal(structure.drawn_maps(standard), back)  # tones are no part of the shapes
+
+
 def test_tones_are_those_of_the_background_alone(natural: dict[str, Tensor]) -> None:
     maps, images = natural["maps"], natural["images"]
     animal = maps[:, ANIMAL].sum(1, keepdim=True) > 0.5

@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tomjerry_utils import UserError, compare, ldm, metrics, runs, study, transfer
+from tomjerry_utils import (
+    UserError,
+    best_of_n,
+    compare,
+    contest,
+    ldm,
+    metrics,
+    pooling,
+    runs,
+    study,
+    transfer,
+)
 from tomjerry_utils.profiles import load_profile
 from tomjerry_utils.runs import read_json, write_json, write_jsonl
 
@@ -32,7 +43,7 @@ def test_training_seeds_have_runs_of_their_own(fresh_runs: Path) -> None:
 
 
 def test_an_unknown_study_is_one_line() -> None:
-    with pytest.raises(UserError, match="compare, ablation"):
+    with pytest.raises(UserError, match="compare, ablation, rivals"):
         study.run_study(SMOKE, ["magic"])
 
 
@@ -41,7 +52,7 @@ def test_an_unknown_study_is_one_line() -> None:
 
 def test_two_levels_agree_with_one_where_there_is_one() -> None:
     values = np.random.default_rng(1).random((1, 400))
-    low, high = np.percentile(study.two_level(values, 2000), [2.5, 97.5])
+    low, high = np.percentile(pooling.two_level(values, 2000), [2.5, 97.5])
     plain = metrics.bootstrap_ci(values[0], samples=2000)
     assert (low, high) == pytest.approx(tuple(plain), abs=0.01)
 
@@ -51,13 +62,15 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     scenes = rng.random(300)
     alike = np.stack([scenes] * 3)
     apart = alike + np.array([[-0.3], [0.0], [0.3]])
-    widths = [np.ptp(np.percentile(study.two_level(v, 2000), [2.5, 97.5])) for v in (alike, apart)]
+    widths = [
+        np.ptp(np.percentile(pooling.two_level(v, 2000), [2.5, 97.5])) for v in (alike, apart)
+    ]
     assert widths[1] > 3 * widths[0]
 
 
 def test_two_levels_leave_out_what_does_not_apply() -> None:
     values = np.array([[1.0, np.nan, 3.0], [1.0, np.nan, 3.0]])
-    draws = study.two_level(values, 500)
+    draws = pooling.two_level(values, 500)
     draws = draws[~np.isnan(draws)]
     assert draws.min() >= 1.0 and draws.max() <= 3.0
     assert draws.mean() == pytest.approx(2.0, abs=0.1)
@@ -68,10 +81,10 @@ def test_one_more_run_falls_within_its_interval() -> None:
     inside = []
     for _ in range(2000):
         *few, more = rng.normal(0.7, 0.05, 4)
-        low, high = study.one_run(few) or (0.0, 0.0)
+        low, high = pooling.one_run(few) or (0.0, 0.0)
         inside.append(low <= more <= high)
     assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
-    assert study.one_run([0.5]) is None
+    assert pooling.one_run([0.5]) is None
 
 
 def test_ablation_intervals_cover_the_mean_of_many_runs() -> None:
@@ -171,6 +184,7 @@ def made_up(tmp_path: Path, fresh_runs: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     monkeypatch.setattr(transfer, "ablate", ablate)
     monkeypatch.setattr(ldm, "ensure", lambda profile: None)
+    monkeypatch.setattr(contest, "run", lambda variants: {"n": len(variants)})
     return asked
 
 
@@ -204,6 +218,13 @@ def test_the_ablation_has_short_and_full_rows(made_up: dict[str, Any]) -> None:
         (SMOKE.transfer.steps, seed) for seed in (0, 1, 2)
     ]
     assert len({folder for _, folder, _ in made_up["ablation"]}) == 3
+
+
+def test_the_rivals_are_compared_over_all_training_seeds(made_up: dict[str, Any]) -> None:
+    (path,) = study.run_study(SMOKE, ["rivals"])
+    table = read_json(path)
+    assert (table["study"], table["n"], table["seeds"]) == ("rivals", 3, [0, 1, 2])
+    assert set(table) >= {"date", "versions", "device", "settings", "seconds", "schema"}
 
 
 # ---- files and figures -------------------------------------------------------------------------
@@ -268,6 +289,43 @@ def test_a_finished_courses_numbers_are_kept_and_drawn_without_it(
     ]  # fmt: skip
     assert all(path.parent == root / "figures" and path.stat().st_size > 1000 for path in drawn)
     assert read_json(drawn[0].with_suffix(".json"))["extra"]["key"] == "abc"
+    # What a course without these stages lacks is drawn where they have run.
+    why = {"meaning": "so", "failures": 1, "others": 0.05, "mended_by": {"shapes": 1, "view": 0}}
+    failed = {"causes": {"posture": why}, "failed": 1, "n": 9}
+    write_json(folder / "06_failures" / "failures.json", failed)
+    write_json(folder / "06_frontier" / "frontier.json", sweep())
+    rows = [{"n": n, "value": 0.5, "gain": 0.0, "gain_ci95": [0.0, 0.0]} for n in (1, 2)]
+    curves = {name: {"rule": rows, "twin": rows} for name in best_of_n.QUALITIES}
+    write_json(folder / "06_best_of_n" / "best_of_n.json", {"curves": curves})
+    assert study.keep_results(SMOKE) == kept and read_json(kept)["failures"] == failed
+    assert [path.name for path in study.draw_results(root / "results")][3:] == [
+        "results_frontier.pdf", "results_failure_causes.pdf", "results_best_of_n.pdf",
+    ]  # fmt: skip
+
+
+def sweep() -> dict[str, Any]:
+    """A frontier of two methods with two settings each."""
+    rows = [
+        {"budget": "course", "method": method, "point": str(i), "best": i == 0, "setting": {},
+         "perceptual": {"value": far, "ci95": [far - 0.1, far + 0.1]},
+         "kid": {"value": near, "ci95": [near - 0.1, near + 0.1]}}
+        for method, i, far, near in (
+            ("ours", 0, 0.5, 0.2), ("ours", 1, 0.7, 0.1), ("sdedit", 0, 0.6, 0.5),
+            ("sdedit", 1, 0.9, 0.4),
+        )
+    ]  # fmt: skip
+    said = [{"budget": "course", "method": "sdedit", "verdict": "dominated"}]
+    return {"n": 9, "frontier": rows, "dominance": said}
+
+
+def test_the_rivals_frontier_is_drawn_from_the_studys_results(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    write_json(folder / "rivals.json", {"date": "2026-01-02", "seeds": [0], **sweep()})
+    (drawn,) = study.draw_results(folder)
+    assert drawn == tmp_path / "figures" / "study_frontier.pdf"
+    # Results from before the rule was asked hold no verdicts and draw nothing.
+    write_json(folder / "rivals.json", {"date": "2026-01-02", "seeds": [0]})
+    assert study.draw_results(folder) == []
 
 
 def test_results_are_drawn_without_a_run(made_up: dict[str, Any], tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ import pytest
 import tiny_models as tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tomjerry_utils import UserError, blip, ldm, structure, transfer
 from tomjerry_utils.autoencoder import decode
-from tomjerry_utils.denoiser import make_scheduler
+from tomjerry_utils.denoiser import load_denoiser, make_scheduler
 from tomjerry_utils.images import load_image, save_image, to_tensor
 from tomjerry_utils.profiles import load_profile
 from tomjerry_utils.runs import read_json, read_jsonl, run_root, write_json
@@ -638,6 +639,28 @@ def test_the_stage_leaves_a_translator_that_stands_alone(
     assert facts["reference"]["p95"] > facts["reference"]["median"] > 0
     assert run.history[-1]["step"] == SMOKE.transfer.steps
     assert "similarity" in run.history[-1]
+
+
+def test_denoiser_and_decoder_are_finished_on_what_the_translator_drew(
+    run: transfer.TransferRun,
+) -> None:
+    own = ldm.ensure(SMOKE).vae.state_dict()
+    finished = run.translator.vae.state_dict()
+    moved = {name for name in own if not torch.allclose(own[name], finished[name])}
+    assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
+    trained, conditioner = load_denoiser(run.folder / transfer.TRAINED)
+    assert any(
+        not torch.equal(value, run.translator.unet.state_dict()[name])
+        for name, value in trained.state_dict().items()
+    )
+    same = run.translator.conditioner.state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in conditioner.state_dict().items())
+    drawn = load_file(run.folder / "drawn.safetensors")
+    assert len(drawn["state"]) == SMOKE.transfer.finishing_pictures
+    # Drawn from the pictures' own views: nearer to their own colours than to others'.
+    images = decode(ldm.ensure(SMOKE).vae, drawn["own"])
+    made, real = drawn["colours"], torch.nn.functional.avg_pool2d(images, 4)
+    assert (made - real).square().mean() < (made - real.roll(1, 0)).square().mean()
 
 
 def test_the_ablation_has_every_row_of_the_method(run: transfer.TransferRun) -> None:

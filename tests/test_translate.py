@@ -386,3 +386,34 @@ def test_what_was_killed_goes_on_and_every_picture_has_its_row(
     for name in made(out):
         both = [load_image(folder / name).astype(int) for folder in (out, tmp_path / "whole")]
         assert np.abs(both[0] - both[1]).max() <= 1
+
+
+# ---- rivals ------------------------------------------------------------------------------------
+
+
+def test_a_rival_is_found_once_and_translates_squares_and_wide_pictures(
+    inputs: Path,
+    tmp_path: Path,
+    weights: Path,
+    fresh_runs: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run([inputs], tmp_path / "out", weights, method="ilvr", seed=2)
+    said = [line for line in capsys.readouterr().err.splitlines() if "ILVR" in line]
+    assert len(said) == 1 and "the translator's own denoiser" in said[0]
+    assert load_image(tmp_path / "out" / "tall.png").shape == (64, 32, 3)
+    # A square comes out as it does alone, but for where a batch of another size sums in another
+    # order and a value lies on the edge between two levels.
+    run([inputs / "a.png"], tmp_path / "one", weights, method="ilvr", seed=2)
+    both = [load_image(tmp_path / name / "a.png").astype(int) for name in ("out", "one")]
+    apart = np.abs(both[0] - both[1])
+    assert apart.max() <= 1 and (apart > 0).mean() < 0.002
+    run([inputs / "a.png"], tmp_path / "ours", weights, seed=2)
+    ours = load_image(tmp_path / "ours" / "a.png").astype(int)
+    assert (np.abs(ours - both[0]) > 1).mean() > 0.5
+
+
+def test_an_unknown_rival_is_told_all_names(inputs: Path, tmp_path: Path, weights: Path) -> None:
+    with pytest.raises(UserError, match=r"choose from ours, identity, .*, egsde, cut, cyclegan"):
+        run([inputs], tmp_path / "out", weights, method="magic")
+    assert not (tmp_path / "out").exists()

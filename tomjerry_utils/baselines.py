@@ -7,6 +7,7 @@
 - ddib, cyclediffusion, ilvr, egsde: the same model by the samplers of :mod:`editing`.
 
 The first three are the course's table (:data:`METHODS`); all are a user's choice (:data:`RIVALS`).
+What they are on equal terms with ours, trained and tuned alike, is `rivals`'s business.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from tomjerry_utils import UserError, editing, structure
 from tomjerry_utils.autoencoder import decode, encode_all, factor_of
-from tomjerry_utils.denoiser import Conditioner, sample, with_attention
+from tomjerry_utils.denoiser import Conditioner, with_attention
 from tomjerry_utils.images import add_grain, to_uint8
+from tomjerry_utils.sampling import sample
 from tomjerry_utils.scenes import LABELS, STYLES, label_of
 from tomjerry_utils.translator import noise_for
 
@@ -87,6 +89,7 @@ def run(
     seed: int,
     steps: int | None = None,
     strength: float | None = None,
+    guidance_scale: float | None = None,
     knobs: editing.Knobs | None = None,
     model: Model | None = None,
     expert: DomainExpert | None = None,
@@ -105,7 +108,10 @@ def run(
             many as the translator takes.
         strength: share of the noise up to which a diffusion rival takes the source, 0 … 1; None
             for the method's own.
+        guidance_scale: of the denoiser; None for the translator's.
         knobs: what else the samplers of :mod:`editing` are tuned by; None for the method's own.
+            Colour transfer and SDEdit read its strength alone; of the former it is the share of
+            the way to the training set's colours.
         model: whose denoiser the rival uses, stage 04's where it is at hand; None for the
             translator's own, its view left out. DDIB and CycleDiffusion want one that has learnt
             the cartoons' labels, as stage 04's has and a translator's may have forgotten.
@@ -131,15 +137,16 @@ def run(
                 "this translator holds no colour statistics for --method colour: "
                 "make it anew with `tomjerry course --only 05`"
             )
-        return transfer_colour(images, translator.colour), names
+        return transfer_colour(images, translator.colour, knobs.strength if knobs else 1.0), names
     options: dict[str, Any] = {
         "seed": seed,
         "steps": steps or translator.steps,
-        "guidance_scale": translator.guidance_scale,
+        "guidance_scale": translator.guidance_scale if guidance_scale is None else guidance_scale,
         "numbers": numbers,
     }
     if method == "sdedit":
-        share = STRENGTH if strength is None else strength
+        share = knobs.strength if knobs else STRENGTH
+        share = share if strength is None else strength
         made = sdedit(model or translator, images, names, strength=share, **options)
     else:
         chosen = knobs or editing.KNOBS[method]
@@ -192,12 +199,13 @@ def measure_colour(images: np.ndarray) -> dict[str, Any]:
     }
 
 
-def transfer_colour(images: np.ndarray, colour: dict[str, Any]) -> np.ndarray:
+def transfer_colour(images: np.ndarray, colour: dict[str, Any], share: float = 1.0) -> np.ndarray:
     """Give each picture the mean and deviation of a training set (Reinhard et al. 2001).
 
     Args:
         images: (N, H, W, 3) uint8.
         colour: from :func:`measure_colour`.
+        share: of the way there, 0 … 1, in CIELAB.
     """
     mean, std = np.asarray(colour["mean"]), np.asarray(colour["std"])
     out = np.empty_like(images)
@@ -205,7 +213,8 @@ def transfer_colour(images: np.ndarray, colour: dict[str, Any]) -> np.ndarray:
         lab = to_lab(image)
         own = np.maximum(lab.std((0, 1)), 1e-6)
         gain = np.minimum(std / own, LARGEST_GAIN)
-        out[i] = from_lab((lab - lab.mean((0, 1))) * gain + mean)
+        there = (lab - lab.mean((0, 1))) * gain + mean
+        out[i] = from_lab((1 - share) * lab + share * there)
     return out
 
 

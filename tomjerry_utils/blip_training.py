@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,30 @@ MEMORY_KNOBS = (
 )
 TEMPERATURE = 0.07  # of the contrastive logits; BLIP starts there, and its heads store none
 
+Negatives = Callable[
+    [torch.Tensor, torch.Tensor, torch.Generator], tuple[Sequence[int], Sequence[int]]
+]
+
+
+def hard_negatives(
+    logits: torch.Tensor, same: torch.Tensor, generator: torch.Generator
+) -> tuple[list[int], list[int]]:
+    """Which picture is shown with which text that is not its own, two lists of indices.
+
+    Row i is mismatched once: its text with a foreign image, or its image with a foreign text.
+
+    Args:
+        logits: (B, B) contrastive logits; same: (B, B) bool, whether two captions are equal.
+    """
+    rows = (~same).any(1).nonzero()[:, 0].cpu()
+    if not len(rows):
+        return [], []
+    weights = logits.detach().float().softmax(1) + 1 / len(same)
+    chances = weights.masked_fill(same, 0).cpu()[rows]
+    drawn = torch.multinomial(chances, 1, generator=generator)[:, 0]
+    swap = torch.arange(len(rows)) % 2 == 0
+    return torch.where(swap, drawn, rows).tolist(), torch.where(swap, rows, drawn).tolist()
+
 
 def joint_loss(
     blip: Blip,
@@ -47,6 +71,7 @@ def joint_loss(
     contrastive_weight: float,
     generator: torch.Generator,
     labelled: tuple[Images, Sequence[str]] | None = None,
+    negatives: Negatives = hard_negatives,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Captioning + weight · (contrastive + matching) on one batch, as BLIP trains (§3.2).
 
@@ -73,16 +98,8 @@ def joint_loss(
     target = same / same.sum(1, keepdim=True)
     contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    # Row i is mismatched once: its text with a foreign image, or its image with a foreign text.
-    weights = logits.detach().float().softmax(1) + 1 / len(texts)
-    rows = (~same).any(1).nonzero()[:, 0].cpu()
-    images_at = texts_at = torch.arange(len(texts))
-    if len(rows):
-        chances = weights.masked_fill(same, 0).cpu()[rows]
-        drawn = torch.multinomial(chances, 1, generator=generator)[:, 0]
-        swap = torch.arange(len(rows)) % 2 == 0
-        images_at = torch.cat([images_at, torch.where(swap, drawn, rows)])
-        texts_at = torch.cat([texts_at, torch.where(swap, rows, drawn)])
+    others = negatives(logits, same, generator)
+    images_at, texts_at = ([*range(len(texts)), *indices] for indices in others)
     matches = (torch.arange(len(images_at)) < len(texts)).long().to(logits.device)
     scores = blip.itm_logits(None, [texts[i] for i in texts_at], features=features[images_at])
     matching = F.cross_entropy(scores, matches)

@@ -22,6 +22,7 @@ from tomjerry_utils.cli_options import (
     examples_of,
     natural_number,
     seed_number,
+    share,
     with_out,
     with_profile,
 )
@@ -112,6 +113,13 @@ def _doctor(arguments: argparse.Namespace) -> None:
     from tomjerry_utils import doctor
     from tomjerry_utils.profiles import load_profile
 
+    if arguments.card and not arguments.plan:
+        raise UserError("--card goes with --plan: add it")
+    if arguments.plan:
+        from tomjerry_utils import planner
+
+        cards = [planner.find_card(arguments.card)] if arguments.card else planner.CARDS
+        return print(planner.report(load_profile(arguments.profile), cards))
     findings = doctor.examine(load_profile(arguments.profile))
     print(doctor.report(findings))
     bad = [finding.name for finding in findings if finding.state == "bad"]
@@ -181,6 +189,7 @@ def _translate(arguments: argparse.Namespace) -> None:
         size=arguments.size,
         weights=arguments.weights,
         overwrite=arguments.overwrite,
+        faithfulness=arguments.faithfulness,
     )
     print(f"{len(report)} pictures translated: {arguments.out / 'report.jsonl'}")
 
@@ -265,8 +274,17 @@ def _parser() -> argparse.ArgumentParser:
         "what this machine can do, and which profile suits it",
         "tomjerry doctor",
         "tomjerry doctor --profile paper",
+        "tomjerry doctor --plan --card A40 --profile paper",
     )
     with_profile(added)
+    added.add_argument(
+        "--plan",
+        action="store_true",
+        help="memory and time of each training on graphics cards, and what to set for them to fit",
+    )
+    added.add_argument(
+        "--card", metavar="NAME", help="T4, 24GB, A40, A100-40, A100-80 or H100 (all of them)"
+    )
 
     added = command(
         "course",
@@ -338,6 +356,7 @@ def _parser() -> argparse.ArgumentParser:
         "tomjerry translate data/starter/cartoon/cat --class tom --out out",
         "tomjerry translate frames --method sdedit --seed 3 --out out --overwrite",
         "tomjerry translate wide.jpg --samples 4 --size keep --out out",
+        "tomjerry translate frame.png --faithfulness 0.5 --out out",
     )
     added.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="pictures and folders")
     with_out(added)
@@ -352,7 +371,14 @@ def _parser() -> argparse.ArgumentParser:
         "--method",
         default="ours",
         metavar="NAME",
-        help="ours, identity, colour, sdedit, ddib, cyclediffusion, ilvr or egsde (ours)",
+        help="ours, identity, colour, sdedit, ddib, cyclediffusion, ilvr or egsde; after "
+        "`tomjerry study rivals` also cut or cyclegan (ours)",
+    )
+    added.add_argument(
+        "--faithfulness",
+        type=share,
+        metavar="F",
+        help="0 … 1: as real as can be … shapes and colours as drawn (0)",
     )
     added.add_argument(
         "--steps", type=natural_number, metavar="N", help="DDIM steps (the profile's)"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tomjerry_utils import baselines, features, ldm, metrics, scenes, transfer
+from tomjerry_utils import baselines, features, ldm, metrics, scenes, scoring, transfer
 from tomjerry_utils.images import load_image, save_image
 from tomjerry_utils.judges import Judges, load_judges
 from tomjerry_utils.measures import kid, kid_draws, on_manifold, paired_bootstrap, recall_draws
@@ -85,7 +85,8 @@ class CompareRun:
 
     Attributes:
         folder: holds `<method>/<seed>.png`, which `tomjerry evaluate` scores alike.
-        results: methods → metrics with intervals, paired differences, reference rows, seconds.
+        results: methods → metrics with intervals, paired differences, reference rows, the share in
+            which a swapped class is drawn, seconds.
         pictures: method → (N, S, S, 3) uint8; "identity" are the cartoons themselves.
         scenes: N rows of seed, class, action, facing, place, the class as read and the caption.
         rows: a row for each method and scene: its scores.
@@ -112,7 +113,7 @@ def ensure(profile: Profile) -> CompareRun:
     before = transfer.ensure(profile)
     judges = sorted((foundation_root() / "judges").rglob("*.safetensors"))
     inputs = {"transfer": before.key, "judges": hash_obj([hash_file(file) for file in judges])}
-    stage = open_stage(profile, STAGE, profile.compare, inputs, version=2)
+    stage = open_stage(profile, STAGE, profile.compare, inputs, version=3)
     if not stage.finished:
         with stage.lock():
             if not stage.finished:
@@ -136,18 +137,23 @@ def load(folder: Path) -> CompareRun:
 
 def held_out_seeds(count: int) -> list[int]:
     """The first test seeds, as many of each class: what a class has enough of is passed over."""
+    return balanced_seeds(count, scenes.RANGES["test"][0])
+
+
+def balanced_seeds(count: int, first: int) -> list[int]:
+    """The first seeds from one on with as many scenes of each class."""
     classes = scenes.CLASSES
     wanted = {
         cls: count // len(classes) + (i < count % len(classes)) for i, cls in enumerate(classes)
     }
     seeds: list[int] = []
-    for seed in range(*scenes.RANGES["test"]):
-        if len(seeds) == count:
-            break
+    seed = first
+    while len(seeds) < count:
         cls = scenes.describe(seed).cls
         if wanted[cls]:
             wanted[cls] -= 1
             seeds.append(seed)
+        seed += 1
     return seeds
 
 
@@ -180,6 +186,14 @@ def _make(stage: Stage, profile: Profile, translator: Translator) -> None:
         Pictures(smooth, seeds)["ours"], seeds, judges=judges, bootstrap=options.bootstrap
     )["metrics"]
     results["grain"] = translator.grain
+    results["class_swap"] = scoring.class_swap(
+        translator,
+        sources,
+        [row["class"] for row in known],
+        seed=noise_seed(profile, 0, 0),
+        judges=judges,
+        bootstrap=options.bootstrap,
+    )
     results["seconds_per_picture"] = {m: round(done[m].seconds / len(seeds), 4) for m in METHODS}
     results["settings"] = {**options.model_dump(mode="json"), "size": profile.image_size}
     write_jsonl(folder / "scores.jsonl", rows)
@@ -396,9 +410,10 @@ def comparison_figure(run: CompareRun, *, cell: float = 1.25) -> Figure:
                     place(canvas, image, x + column * step, y, cell, frame)
     candidates = run.results["settings"]["candidates"]
     note = (
-        f"Held-out scenes. Picked without any judge, by BLIP similarity and silhouette overlap "
-        f"with the source; of each class's {SHORTLIST} most promising scenes, the best of "
-        f"{candidates} tries. Random and worst ones are first tries."
+        f"Held-out scenes. Picked without any judge, by BLIP similarity and by the silhouettes' "
+        f"overlap with the bodies that were asked for; of each class's {SHORTLIST} most promising "
+        f"scenes of different actions, the best of {candidates} tries. Random and worst ones are "
+        "first tries."
     )
     canvas.text(0, 0.02, wrap(note, width, 9), fontsize=9, color=MUTED, linespacing=1.3)
     return fig

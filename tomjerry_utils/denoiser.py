@@ -292,62 +292,6 @@ def denoising_loss(
     return loss, to_x0(output.float(), noisy, alpha, sigma, kind), timesteps
 
 
-@torch.no_grad()
-def sample(
-    unet: UNet2DConditionModel,
-    conditioner: Conditioner,
-    batch: Batch,
-    scheduler: Any,
-    *,
-    steps: int,
-    guidance_scale: float,
-    generator: torch.Generator,
-    start: Tensor | None = None,
-    strength: float = 1.0,
-    guide: Any = None,
-    noise: Tensor | None = None,
-) -> Tensor:
-    """Draw latents under a batch's conditions with DDIM (or any diffusers scheduler).
-
-    Args:
-        batch: conditions; its latents only give the shape.
-        guidance_scale: w of ẑ_∅ + w (ẑ_c − ẑ_∅), where ẑ_∅ has neither class nor caption but
-            keeps the view; 1 runs the conditional model alone.
-        noise: the starting noise; drawn from the generator where None.
-        start, strength: begin from these latents, noised by a share of the schedule (SDEdit).
-        guide: (ẑ, share of the steps done) → ẑ, applied to each prediction: BLIP guidance.
-
-    Returns:
-        (B, C, h, w) normalised latents.
-    """
-    scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(steps)
-    shape = batch.latents.shape
-    if noise is None:
-        noise = torch.randn(shape, generator=generator)
-    latents = noise.to(batch.latents)
-    timesteps = scheduler.timesteps
-    if start is not None:
-        first = min(round(len(timesteps) * (1 - strength)), len(timesteps) - 1)
-        timesteps = timesteps[first:]
-        latents = scheduler.add_noise(start, latents, timesteps[:1].repeat(len(start)))
-    free = drop(batch, labels=1.1, captions=1.1, view=0.0, generator=generator)
-    for i, t in enumerate(timesteps):
-        now = t.expand(shape[0]).to(latents.device)
-        output = predict(unet, conditioner, latents, now, batch)
-        if guidance_scale != 1.0:
-            base = predict(unet, conditioner, latents, now, free)
-            output = base + guidance_scale * (output - base)
-        if guide is not None:
-            total = scheduler.alphas_cumprod[int(t)].to(latents)
-            alpha, sigma = total.sqrt(), (1 - total).sqrt()
-            kind = scheduler.config.prediction_type
-            x0 = guide(to_x0(output, latents, alpha, sigma, kind), i / len(timesteps))
-            output = from_x0(x0, latents, alpha, sigma, kind)
-        latents = scheduler.step(output, t, latents).prev_sample
-    return latents
-
-
 def save_denoiser(unet: UNet2DConditionModel, conditioner: Conditioner, folder: Path) -> None:
     """Write `unet/` and `conditioner/` under a folder; the UNet loads in plain diffusers."""
     unet.save_pretrained(folder / "unet")
@@ -361,8 +305,14 @@ def load_denoiser(
     text_dim: int = 0,
     latent_channels: int = 4,
     factor: int = 8,
+    seed: int = 0,
 ) -> tuple[UNet2DConditionModel, Conditioner]:
     """A UNet by folder or hub name, with its conditioner, or a new one where none came with it.
+
+    Args:
+        subfolder: "unet" of a Stable Diffusion; found alone in a local folder.
+        text_dim, latent_channels, factor, seed: of a new conditioner, which writes tokens of the
+            width that the UNet's cross-attention reads.
 
     Raises:
         UserError: nothing there that diffusers can read.
@@ -383,12 +333,14 @@ def load_denoiser(
             str(path / "conditioner"), torch_dtype=torch.float32
         )
     else:
-        conditioner = Conditioner(
-            text_dim=text_dim,
-            dim=unet.config.cross_attention_dim,
-            latent_channels=latent_channels,
-            factor=factor,
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            conditioner = Conditioner(
+                text_dim=text_dim,
+                dim=unet.config.cross_attention_dim,
+                latent_channels=latent_channels,
+                factor=factor,
+            )
     return unet, conditioner
 
 
@@ -398,7 +350,14 @@ def widen(unet: UNet2DConditionModel, channels: int) -> None:
     if extra <= 0:
         return
     old = unet.conv_in
-    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, padding=old.padding)
+    new = nn.utils.skip_init(
+        nn.Conv2d,
+        channels,
+        old.out_channels,
+        old.kernel_size,
+        padding=old.padding,
+        device=old.weight.device,
+    )
     assert new.bias is not None
     with torch.no_grad():
         new.weight.zero_()

@@ -431,7 +431,7 @@ def _light(png: io.BytesIO) -> tuple[bytes, str]:
     if png.tell() <= PREVIEW_BYTES:
         return png.getvalue(), "png"
     small = io.BytesIO()
-    Image.open(png).convert("RGB").save(small, "JPEG", quality=86, subsampling=0, optimize=True)
+    Image.open(png).convert("RGB").save(small, "JPEG", quality=76, optimize=True)
     return small.getvalue(), "jpeg"
 
 

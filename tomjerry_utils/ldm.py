@@ -7,7 +7,6 @@ that one model draws with any of them and can be guided by each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,34 +15,31 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tomjerry_utils import blip, collect, structure
+from tomjerry_utils import UserError, adapters, blip, collect, processes, structure
 from tomjerry_utils.autoencoder import (
     TEXTURE_WEIGHT,
     autoencoder_loss,
     decode,
     decoder_alone,
-    encode_all,
     factor_of,
     load_autoencoder,
 )
 from tomjerry_utils.blip_training import mirrored_text
 from tomjerry_utils.denoiser import (
-    NO_CLASS,
     Batch,
     Conditioner,
     denoising_loss,
     drop,
     load_denoiser,
     make_scheduler,
-    repeat_texts,
-    sample,
     save_denoiser,
     tiny_denoiser,
+    widen,
 )
 from tomjerry_utils.images import save_image, to_uint8
+from tomjerry_utils.latents import TEXT_LENGTH, LatentSet, join, latent_set
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import (
     Stage,
@@ -58,110 +54,28 @@ from tomjerry_utils.runs import (
     read_jsonl,
     write_json,
 )
+from tomjerry_utils.sampling import sample
 from tomjerry_utils.scenes import LABELS, PARTS
 from tomjerry_utils.training import TrainResult, apply_ema, pick_device, train
 
+__all__ = [
+    "STAGE",
+    "TEXT_LENGTH",
+    "LatentSet",
+    "LdmRun",
+    "ensure",
+    "fingerprint",
+    "join",
+    "latent_set",
+    "load",
+    "sample_classes",
+    "train_denoiser",
+    "train_foundation",
+    "tune_autoencoder",
+]
+
 STAGE = "04_ldm"
-TEXT_LENGTH = 20  # tokens of a caption that the denoisers attend to
-
-
-@dataclass(eq=False)
-class LatentSet:
-    """Pictures as the denoisers see them.
-
-    latents (N, C, h, w) float32; views (N, S, h, w) float16, tones standardised; labels (N,);
-    text table (U, L, D) with masks (U, L) and row (N,) of each picture's caption; texts: the U
-    captions; files: (N,) names in the collection.
-    """
-
-    latents: Tensor
-    views: Tensor
-    labels: Tensor
-    table: Tensor
-    masks: Tensor
-    row: Tensor
-    texts: list[str]
-    files: list[str]
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def batch(self, index: Tensor) -> Batch:
-        """The batch of some pictures, (B,) indices."""
-        rows = self.row[index]
-        return Batch(
-            latents=self.latents[index],
-            labels=self.labels[index],
-            text=self.table[rows],
-            mask=self.masks[rows],
-            view=self.views[index].float(),
-        )
-
-    def save(self, path: Path) -> None:
-        """Write the set as safetensors, atomically; the file names go into a JSON beside it."""
-        with atomic_path(path) as temporary:
-            save_file({k: getattr(self, k).contiguous() for k in _TENSORS}, temporary)
-        write_json(path.with_suffix(".json"), {"texts": self.texts, "files": self.files})
-
-    @classmethod
-    def load(cls, path: Path) -> LatentSet:
-        """Read what :meth:`save` wrote."""
-        stored: dict[str, Any] = {**load_file(path), **read_json(path.with_suffix(".json"))}
-        return cls(**stored)
-
-
-_TENSORS = ("latents", "views", "labels", "table", "masks", "row")
-
-
-def latent_set(
-    images: np.ndarray,
-    labels: Sequence[str | None],
-    texts: Sequence[str],
-    *,
-    vae: AutoencoderKL,
-    net: structure.StructureNet,
-    describer: blip.Blip,
-    tone: tuple[list[float], list[float]] | None,
-    files: Sequence[str] = (),
-) -> tuple[LatentSet, tuple[list[float], list[float]]]:
-    """Encode pictures of one domain with everything the denoisers are conditioned on.
-
-    Args:
-        images: (N, H, W, 3) uint8. labels: of `scenes.LABELS`, None for no class.
-        texts: captions, species mapped to the natural domain.
-        tone: statistics that standardise the views' tones; None measures them here.
-
-    Returns:
-        The set and the tone statistics used.
-    """
-    pictures = torch.from_numpy(images)
-    latents = encode_all(vae, pictures)
-    views, _ = structure.look(net, pictures, (latents.shape[-2], latents.shape[-1]))
-    tone = tone or structure.tone_statistics(views)
-    views = structure.standardise(views, *tone)
-    table, masks, row = repeat_texts(texts, describer, TEXT_LENGTH)
-    numbers = torch.tensor([NO_CLASS if v is None else LABELS.index(v) for v in labels])
-    return LatentSet(
-        latents, views.half(), numbers, table, masks, row, sorted(set(texts)), list(files)
-    ), tone
-
-
-def join(sets: Sequence[LatentSet]) -> LatentSet:
-    """Several sets as one."""
-    offset, rows = 0, []
-    for part in sets:
-        rows.append(part.row + offset)
-        offset += len(part.table)
-    return LatentSet(
-        latents=torch.cat([s.latents for s in sets]),
-        views=torch.cat([s.views for s in sets]),
-        labels=torch.cat([s.labels for s in sets]),
-        table=torch.cat([s.table for s in sets]),
-        masks=torch.cat([s.masks for s in sets]),
-        row=torch.cat(rows),
-        texts=[t for s in sets for t in s.texts],
-        files=[f for s in sets for f in s.files],
-    )
+TONES = "tones.json"  # domain → [mean, deviation] that standardise its views' tones
 
 
 @dataclass(eq=False)
@@ -182,34 +96,40 @@ class LdmRun:
 
 
 def ensure(profile: Profile) -> LdmRun:
-    """Stage 04 at this profile: read it if it is finished, else make it, upstream included."""
-    pictures = collect.ensure(profile)
-    described = blip.ensure(profile)
+    """Stage 04 at this profile: read it if it is finished, else make it, upstream included.
+
+    Under `accelerate launch` its trainings are shared between the processes; the stages before it
+    must be finished then.
+    """
+    with processes.only_finished():
+        pictures = collect.ensure(profile)
+        described = blip.ensure(profile)
     inputs = {
         "captions": hash_file(described.folder / "all_captions.jsonl"),
         "manifest": hash_file(pictures.folder / "manifest.jsonl"),
-        **{
-            name: fingerprint(source)
-            for name, source in (
-                ("structure", profile.transfer.structure),
-                ("autoencoder", profile.ldm.autoencoder),
-                ("denoiser", profile.ldm.denoiser),
-            )
-        },
+        "structure": fingerprint(profile.transfer.structure),
+        "autoencoder": fingerprint(profile.ldm.autoencoder, profile.ldm.autoencoder_subfolder),
+        "denoiser": fingerprint(profile.ldm.denoiser, profile.ldm.denoiser_subfolder),
     }
-    stage = open_stage(profile, STAGE, _settings(profile), inputs, version=2)
+    with processes.main_first(profile.device):
+        stage = open_stage(profile, STAGE, _settings(profile), inputs, version=2)
     if not stage.finished:
-        with stage.lock():
+        with processes.held(stage, profile.device):
             if not stage.finished:
                 _make(stage, profile, pictures, described)
     return load(stage.folder, profile)
 
 
-def fingerprint(source: str) -> str:
-    """What names the weights a stage starts from: their hashes in a local folder, or a hub id."""
+def fingerprint(source: str, subfolder: str = "") -> str:
+    """What names the weights a stage starts from: their hashes in a local folder, or a hub id.
+
+    Args:
+        subfolder: the part of the folder that is read; the rest may change.
+    """
     folder = Path(model_source(source))
     if not folder.is_dir():
         return source
+    folder = folder / subfolder
     files = {str(p.relative_to(folder)): hash_file(p) for p in folder.rglob("*.safetensors")}
     return hash_obj(files)
 
@@ -241,7 +161,7 @@ def load(folder: Path, profile: Profile) -> LdmRun:
 
 
 def _settings(profile: Profile) -> dict[str, Any]:
-    return {**profile.ldm.model_dump(mode="json"), "precision": profile.precision}
+    return {**profile.ldm.named(), "precision": profile.precision}
 
 
 def _make(
@@ -261,44 +181,47 @@ def _make(
         vae = load_autoencoder(
             model_source(options.autoencoder), options.autoencoder_subfolder or None
         )
-        images = np.concatenate(
-            [pictures.images(train_rows[d], profile.image_size) for d in train_rows]
-        )
-        tune_autoencoder(vae, images, profile, folder / "autoencoder_training")
-        with atomic_dir(folder / "autoencoder") as target:
-            vae.save_pretrained(target)
+        if options.autoencoder_steps:
+            images = np.concatenate(
+                [pictures.images(train_rows[d], profile.image_size) for d in train_rows]
+            )
+            tune_autoencoder(vae, images, profile, folder / "autoencoder_training")
+        if processes.is_main():
+            with atomic_dir(folder / "autoencoder") as target:
+                vae.save_pretrained(target)
+    processes.wait_for_all(profile.device)
     vae = load_autoencoder(folder / "autoencoder").to(device)
-    net = structure.load_structure(model_source(profile.transfer.structure)).to(device)
 
-    texts = {row["file_name"]: row["natural"] for row in described.captions}
-    sets: dict[str, LatentSet] = {}
-    tones: dict[str, tuple[list[float], list[float]]] = {}
-    for domain, rows in train_rows.items():
-        images = pictures.images(rows, profile.image_size)
-        sets[domain], tones[domain] = latent_set(
-            images,
-            [r["label"] for r in rows],
-            [texts[r["file_name"]] for r in rows],
-            vae=vae,
-            net=net,
-            describer=described.blip,
-            tone=None,
-            files=[r["file_name"] for r in rows],
-        )
-        if not (folder / f"{domain}.json").is_file():
-            sets[domain].save(folder / f"{domain}.safetensors")
-    both = join([sets["cartoon"], sets["natural"]])
+    if processes.is_main() and not (folder / TONES).is_file():
+        _encode(folder, vae, profile, pictures, described, train_rows)
+    processes.wait_for_all(profile.device)
+    tones = read_json(folder / TONES)
+    both = join([LatentSet.load(folder / f"{domain}.safetensors") for domain in train_rows])
 
-    text_dim = both.table.shape[-1]
     unet, conditioner = load_denoiser(
         model_source(options.denoiser),
         options.denoiser_subfolder,
-        text_dim=text_dim,
+        text_dim=both.table.shape[-1],
         latent_channels=vae.config.latent_channels,
         factor=factor_of(vae),
+        seed=profile.seed,
     )
+    if unet.config.out_channels != vae.config.latent_channels:
+        raise UserError(
+            f"ldm.denoiser {options.denoiser} draws {unet.config.out_channels} latent channels, "
+            f"ldm.autoencoder {options.autoencoder} has {vae.config.latent_channels}: "
+            "name two models that were made for each other in the profile"
+        )
+    widen(unet, vae.config.latent_channels + structure.VIEW_CHANNELS)
     conditioner.register_to_config(
-        tone_mean={d: t[0] for d, t in tones.items()}, tone_std={d: t[1] for d, t in tones.items()}
+        tone_mean={d: mean for d, (mean, _) in tones.items()},
+        tone_std={d: std for d, (_, std) in tones.items()},
+    )
+    adapters.prepare(
+        unet,
+        lora_rank=options.lora_rank,
+        gradient_checkpointing=options.gradient_checkpointing,
+        seed=profile.seed,
     )
     scheduler = make_scheduler(options.prediction_type)
     result = train_denoiser(
@@ -313,6 +236,9 @@ def _make(
         learning_rate=options.learning_rate,
     )
     apply_ema({"unet": unet, "conditioner": conditioner}, result)
+    adapters.finish(unet)
+    if not processes.is_main():
+        return
     with atomic_dir(folder / "denoiser") as target:
         save_denoiser(unet, conditioner, target)
         scheduler.save_pretrained(target / "scheduler")
@@ -324,6 +250,33 @@ def _make(
     stage.finish(loss=result.history[-1]["loss"], denoiser_seconds=result.seconds)
 
 
+def _encode(
+    folder: Path,
+    vae: AutoencoderKL,
+    profile: Profile,
+    pictures: collect.Collection,
+    described: blip.BlipRun,
+    train_rows: dict[str, list[dict[str, Any]]],
+) -> None:
+    """Write both domains as the denoiser sees them, and last their tones."""
+    net = structure.load_structure(model_source(profile.transfer.structure)).to(vae.device)
+    texts = {row["file_name"]: row["natural"] for row in described.captions}
+    tones = {}
+    for domain, rows in train_rows.items():
+        data, tones[domain] = latent_set(
+            pictures.images(rows, profile.image_size),
+            [r["label"] for r in rows],
+            [texts[r["file_name"]] for r in rows],
+            vae=vae,
+            net=net,
+            describer=described.blip,
+            tone=None,
+            files=[r["file_name"] for r in rows],
+        )
+        data.save(folder / f"{domain}.safetensors")
+    write_json(folder / TONES, tones)
+
+
 def tune_autoencoder(
     vae: AutoencoderKL, images: np.ndarray, profile: Profile, folder: Path
 ) -> None:
@@ -333,8 +286,6 @@ def tune_autoencoder(
     from learnt on those latents, and would have to learn anew on others.
     """
     options = profile.ldm
-    if not options.autoencoder_steps:
-        return
     pictures = torch.from_numpy(images)
     decoder = decoder_alone(vae.to(pick_device(profile.device)))
 
@@ -354,6 +305,7 @@ def tune_autoencoder(
         steps=options.autoencoder_steps,
         learning_rate=options.autoencoder_learning_rate,
         warmup_steps=min(options.warmup_steps, options.autoencoder_steps),
+        accumulation=options.autoencoder_accumulation,
         folder=folder,
         seed=profile.seed,
         ema_decay=0.99,
@@ -409,6 +361,7 @@ def train_denoiser(
         steps=steps,
         learning_rate=learning_rate,
         warmup_steps=min(options.warmup_steps, steps),
+        accumulation=options.accumulation,
         folder=folder,
         seed=profile.seed,
         ema_decay=options.ema_decay,

@@ -128,6 +128,11 @@ def kid_draws(
     return inside_a + inside_b - 2 * across / (len(features_a) * len(features_b))
 
 
+def mean_draws(values: np.ndarray, *, samples: int = BOOTSTRAP, seed: int = 0) -> np.ndarray:
+    """Means over pictures drawn anew, (samples,), of the same ones as :func:`kid_draws` takes."""
+    return _weights(len(values), samples, (seed, 0)) @ np.asarray(values, float) / len(values)
+
+
 def _weights(count: int, samples: int, seed: tuple[int, int]) -> np.ndarray:
     """How often each of `count` pictures is drawn, (samples, count)."""
     rng = np.random.default_rng(seed)

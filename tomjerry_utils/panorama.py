@@ -17,7 +17,7 @@ squeezed. The whole picture letter-boxed into one square: 1.339, 0.50, 40 %.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,10 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tomjerry_utils import baselines, structure
-from tomjerry_utils.autoencoder import decode, factor_of
-from tomjerry_utils.denoiser import Batch, sample
+from tomjerry_utils import structure
+from tomjerry_utils.autoencoder import decode, encode_all, factor_of
+from tomjerry_utils.denoiser import Batch
+from tomjerry_utils.faithfulness import NATURAL, Dial
 from tomjerry_utils.images import add_grain, to_tensor, to_uint8
+from tomjerry_utils.sampling import sample
 from tomjerry_utils.structure import COATS, FIRST_ANIMAL_PART, MAPS, MOUSE
 from tomjerry_utils.translator import Translator, noise_for
 
@@ -125,32 +127,39 @@ def translate(
     layout: Layout,
     cls: str,
     *,
-    method: str = "ours",
+    rival: Callable[..., tuple[np.ndarray, list[str]]] | None = None,
     number: int = 0,
     seed: int = 0,
     steps: int | None = None,
+    faithfulness: float | None = None,
 ) -> np.ndarray:
     """Translate a picture of any shape.
 
     Args:
         image: (H, W, 3) uint8, as for :func:`lay_out`; layout: its own.
         cls: tom, jerry or both.
-        method: "ours", or a rival of :data:`baselines.RIVALS`, which knows nothing of neighbours:
-            its squares are joined as pixels.
+        rival: in place of the translator, a `rivals.Rival.translate`, which knows nothing of
+            neighbours: its squares are joined as pixels.
         number, seed: noise, coats and grain depend on these alone.
+        faithfulness: as `Translator.translate` takes it; a rival has none.
 
     Returns:
         A picture of the same shape.
     """
     squares = layout.squares(image)
-    if method != "ours":
+    if rival is not None:
         given = [cls] * len(squares)
         numbers = [number] * len(squares)
-        made, _ = baselines.run(
-            method, translator, squares, given, seed=seed, steps=steps, numbers=numbers
-        )
+        made, _ = rival(squares, given, seed=seed, steps=steps, numbers=numbers)
         return to_uint8(layout.join(to_tensor(made)))[0]
-    batch, captions = _conditions(translator, squares, layout, cls, seed=seed, number=number)
+    dial = Dial.at(faithfulness)
+    batch, captions = _conditions(
+        translator, squares, layout, cls, seed=seed, number=number, dial=dial
+    )
+    start, (steps, strength) = None, dial.begin(steps or translator.steps)
+    if strength < 1:
+        source = encode_all(translator.vae, torch.from_numpy(image)[None])
+        start = layout.cut(source[0]).to(batch.latents)
     regularise = None
     if translator.blip_guidance:
         regularise = translator._guide(squares, captions, translator.blip_guidance)
@@ -166,11 +175,14 @@ def translate(
         translator.conditioner,
         batch,
         translator.scheduler,
-        steps=steps or translator.steps,
+        steps=steps,
         guidance_scale=translator.guidance_scale,
         generator=torch.Generator().manual_seed(seed),
         noise=layout.cut(noise_for(field, seed, [number])[0]),
+        start=start,
+        strength=strength,
         guide=agree,
+        finished=translator.finished,
     )
     with torch.no_grad():
         drawn = to_uint8(decode(translator.vae, layout.join(latents)[None]))
@@ -264,6 +276,7 @@ def _conditions(
     *,
     seed: int,
     number: int,
+    dial: Dial = NATURAL,
 ) -> tuple[Batch, list[str]]:
     """Conditions and captions of all squares of a picture.
 
@@ -273,14 +286,14 @@ def _conditions(
     leading, beside = layout.leading, len(squares) - layout.leading
     # Tom here and Jerry there are both, but neither square shows both.
     names = layout.own if cls == layout.cls else [cls] * leading
-    told = translator.conditions(squares[:leading], names, seed=seed, numbers=[number] * leading)
+    told = translator.conditions(
+        squares[:leading], names, seed=seed, numbers=[number] * leading, dial=dial
+    )
     seen, view = told.batch, told.batch.view
     if beside:
-        tones = translator.conditioner.config
-        found = structure.standardise(
-            _look(translator, squares[leading:])[0],
-            tones.tone_mean["cartoon"],
-            tones.tone_std["cartoon"],
+        found = _look(translator, squares[leading:])[0]
+        found = dial.turn(
+            translator.standardise(found, "cartoon"), translator.standardise(found, "natural")
         )
         view = torch.cat([view, found.to(view)])
     # The others are told the first one's class, caption and coats.

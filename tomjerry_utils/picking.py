@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tomjerry_utils import scenes, structure
-from tomjerry_utils.autoencoder import factor_of
+from tomjerry_utils import blip, scenes, structure
 from tomjerry_utils.images import load_image, save_image
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import hash_obj
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 KINDS = ("best", "random", "worst")
 PICKS = 2  # of each kind and class; the poster shows two
-SHORTLIST = 4  # scenes of a class that are translated several times
+SHORTLIST = 4  # scenes of a class that are translated several times, of different actions
 
 
 def rule(candidates: int) -> str:
@@ -33,8 +32,10 @@ def rule(candidates: int) -> str:
     return (
         "Each translation gets the sum of two standard scores among its class's: the BLIP "
         "similarity of the output and the source's caption, its species mapped across, and the "
-        "overlap of the animals' silhouettes that the structure net sees in source and output. "
-        f"The {SHORTLIST} scenes of a class that score highest are translated {candidates} times; "
+        "overlap of the animals' silhouettes that the structure net sees in the output with those "
+        "that the translator asked for, natural bodies in the source's pose. "
+        f"Of the {SHORTLIST} captioned actions of a class that score highest, the best scene each "
+        f"is translated {candidates} times; "
         f"the {PICKS} whose best try scores highest are shown, beside {PICKS} scenes drawn at "
         f"random and the {PICKS} that score lowest, as they first came out. No judge and no "
         "feature of a reported metric has a say."
@@ -57,7 +58,9 @@ def pick(
     """
     made = np.stack([load_image(folder / "ours" / f"{row['seed']}.png") for row in known])
     captions = [row["caption"] for row in known]
-    first = agreement(translator, sources, made, captions)
+    actions = [blip.caption_slots(text)["action"] for text in captions]
+    asked = asked_views(translator, sources, [row["read"] for row in known])
+    first = agreement(translator, asked, made, captions)
     out = []
     for number, cls in enumerate(scenes.CLASSES):
         members = np.array([i for i, row in enumerate(known) if row["class"] == cls], int)
@@ -66,23 +69,22 @@ def pick(
         centre, spread = first[members].mean(0), first[members].std(0)
         parts = {(int(i), 0): first[i] for i in members}
         order = sorted(members, key=lambda i: -_standard(first[i], centre, spread))
-        shortlist = np.array(order[:SHORTLIST])
+        shortlist = np.array(varied(order, actions, SHORTLIST))
         for attempt in range(1, profile.compare.candidates):
             again = translator.translate(
                 sources[shortlist],
                 [known[i]["read"] for i in shortlist],
                 seed=noise_seed(profile, attempt, number),
             ).images
-            found = agreement(
-                translator, sources[shortlist], again, [captions[i] for i in shortlist]
-            )
+            found = agreement(translator, asked[shortlist], again, [captions[i] for i in shortlist])
             for i, image, each in zip(shortlist, again, found, strict=True):
                 save_image(attempt_file(folder, known[i]["seed"], attempt), image)
                 parts[int(i), attempt] = each
         scores = {which: _standard(each, centre, spread) for which, each in parts.items()}
+        listed = {which: score for which, score in scores.items() if which[0] in shortlist}
         rng = np.random.default_rng([profile.seed, number])
         chosen = {
-            "best": best_attempts(scores, PICKS),
+            "best": best_attempts(listed, PICKS),
             "random": [
                 (int(i), 0) for i in rng.choice(members, min(PICKS, len(members)), replace=False)
             ],
@@ -106,6 +108,12 @@ def pick(
     return out
 
 
+def varied(order: Sequence[int], actions: Sequence[str | None], count: int) -> list[int]:
+    """The first scene of each action, in their order; the others only where that is too few."""
+    first = {actions[i]: int(i) for i in reversed(order)}.values()
+    return sorted(map(int, order), key=lambda i: i not in first)[:count]
+
+
 def best_attempts(scores: Mapping[tuple[int, int], float], count: int) -> list[tuple[int, int]]:
     """The best (scene, attempt) of each scene, the best scenes first, `count` of them."""
     best: dict[int, tuple[int, int]] = {}
@@ -116,34 +124,54 @@ def best_attempts(scores: Mapping[tuple[int, int], float], count: int) -> list[t
     return sorted(best.values(), key=lambda which: (-scores[which], which))[:count]
 
 
+def asked_views(
+    translator: Translator, sources: np.ndarray, classes: Sequence[str], *, batch_size: int = 64
+) -> torch.Tensor:
+    """What the denoiser is told of sources' shapes: (N, VIEW_CHANNELS, h, w), on the CPU.
+
+    Args:
+        sources: (N, S, S, 3) uint8; classes: as read off them.
+    """
+    parts = [
+        translator.conditions(
+            sources[start : start + batch_size], classes[start : start + batch_size]
+        ).batch.view.cpu()
+        for start in range(0, len(sources), batch_size)
+    ]
+    return torch.cat(parts)
+
+
 def agreement(
     translator: Translator,
-    sources: np.ndarray,
+    asked: torch.Tensor,
     made: np.ndarray,
     captions: Sequence[str],
     *,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """How well outputs agree with their sources, by our own models alone.
+    """How well outputs agree with what was asked for, by our own models alone.
+
+    The silhouettes are compared with the posed bodies in the denoiser's view, not with the
+    drawing's: a natural body in the same pose is another shape, and meant to be.
 
     Args:
-        sources, made: (N, S, S, 3) uint8; captions: of the sources, in natural words.
+        asked: (N, VIEW_CHANNELS, h, w) from :func:`asked_views`.
+        made: (N, S, S, 3) uint8; captions: of the sources, in natural words.
 
     Returns:
         (N, 2): BLIP's cosine of output and caption, and the overlap of the animals' silhouettes.
     """
-    factor = factor_of(translator.vae)
-    grid = (sources.shape[1] // factor, sources.shape[2] // factor)
+    grid = (asked.shape[-2], asked.shape[-1])
     out = []
     with torch.no_grad():
         for start in range(0, len(made), batch_size):
             part = slice(start, start + batch_size)
             images = translator.describer.image_embeds(made[part])
             texts = translator.describer.text_embeds(captions[part])
-            _, drawn = structure.look(translator.net, torch.from_numpy(sources[part]), grid)
-            _, shown = structure.look(translator.net, torch.from_numpy(made[part]), grid)
+            seen, _ = structure.look(translator.net, torch.from_numpy(made[part]), grid)
+            wanted, shown = (structure.drawn_maps(views) for views in (asked[part], seen))
             similar = (images * texts).sum(-1).float().cpu()
-            out.append(torch.stack([similar, silhouette_overlap(drawn, shown)], 1).numpy())
+            out.append(torch.stack([similar, silhouette_overlap(wanted, shown)], 1).numpy())
     return np.concatenate(out)
 
 
@@ -151,7 +179,7 @@ def silhouette_overlap(drawn: torch.Tensor, shown: torch.Tensor) -> torch.Tensor
     """Soft intersection over union of where the cat and the mouse are, (B,) in [0, 1].
 
     Args:
-        drawn, shown: (B, len(PARTS) + 1, H, W) from `structure.look`.
+        drawn, shown: (B, len(PARTS) + 1, H, W) in the form of `structure.probabilities`.
     """
 
     def animals(maps: torch.Tensor) -> torch.Tensor:

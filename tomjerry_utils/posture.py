@@ -155,20 +155,51 @@ class Alignment:
     natural: Tensor
 
     def __call__(
-        self, points: Tensor, classes: Sequence[str], actions: Sequence[str | None]
+        self,
+        points: Tensor,
+        classes: Sequence[str],
+        actions: Sequence[str | None],
+        seen: Sequence[str] | None = None,
     ) -> Tensor:
-        """A drawing's keypoints (B, 2, POINTS, 2) where a natural animal would have them."""
+        """A drawing's keypoints (B, 2, POINTS, 2) where a natural animal would have them.
+
+        Args:
+            seen: the classes in the drawings, where other ones are asked for.
+        """
+        seen = seen or classes
+        of = takes_pose_of(classes, seen)
+        points = _taken(points, of)
         left = faces_left(points, classes)
         folded = _mirrored(points, left)
-        rows = torch.tensor([CLASSES.index(name) for name in classes])
+        crossed = (of != takes_pose_of(classes, classes)).any(1).tolist()
+        asked = torch.tensor([CLASSES.index(name) for name in classes])
+        own = torch.tensor(
+            [
+                CLASSES.index(s if c else name)
+                for s, c, name in zip(seen, crossed, classes, strict=True)
+            ]
+        )
         known = (*ACTIONS, None)
         columns = torch.tensor([known.index(a if a in ACTIONS else None) for a in actions])
-        (mean, std), (to_mean, to_std) = (
-            stored[rows, columns].to(points).unbind(-1) for stored in (self.drawn, self.natural)
-        )
+        mean, std = _taken(self.drawn[own, columns], of).to(points).unbind(-1)
+        to_mean, to_std = self.natural[asked, columns].to(points).unbind(-1)
         # A coordinate that hardly varies in drawings says nothing: its gain stays near 1.
         gain = (to_std + 0.01) / (std + 0.01)
         return _mirrored((folded - mean) * gain + to_mean, left)
+
+
+def takes_pose_of(classes: Sequence[str], seen: Sequence[str]) -> Tensor:
+    """(B, 2): whose pose the cat and the mouse take, 0 the cat's and 1 the mouse's.
+
+    Each its own, except where one alone is asked for and the other alone is seen.
+    """
+    alone = {("jerry", "tom"): [0, 0], ("tom", "jerry"): [1, 1]}
+    return torch.tensor([alone.get(pair, [0, 1]) for pair in zip(classes, seen, strict=True)])
+
+
+def _taken(each: Tensor, of: Tensor) -> Tensor:
+    """Rows (B, 2, …) of both animals, each replaced by those of the animal named in (B, 2)."""
+    return each[torch.arange(len(each))[:, None], of.to(each.device)]
 
 
 def statistics(points: Tensor, classes: Sequence[str], actions: Sequence[str | None]) -> Tensor:
@@ -232,18 +263,43 @@ class Posture:
         maps: Tensor,
         classes: Sequence[str],
         actions: Sequence[str | None] | None = None,
+        *,
+        seen: Sequence[str] | None = None,
+        drawn: float = 0.0,
     ) -> Tensor:
         """Part maps with natural bodies in the animals' poses.
 
         Args:
             images: (N, H, W, 3) uint8; maps: theirs, from `structure.look`.
             classes: tom, jerry or both; only a class's animals are drawn.
-            actions: of drawings, whose keypoints are aligned; None for natural pictures.
+            actions, seen, drawn: see :meth:`points`.
         """
-        points = self.find(images)
-        if actions is not None and self.alignment is not None:
-            points = self.alignment(points, classes, actions)
+        points = self.points(images, classes, actions, seen=seen, drawn=drawn)
         return pose_again(maps, self.bodies(points, present(classes), size=maps.shape[-1]))
+
+    def points(
+        self,
+        images: Tensor,
+        classes: Sequence[str],
+        actions: Sequence[str | None] | None = None,
+        *,
+        seen: Sequence[str] | None = None,
+        drawn: float = 0.0,
+    ) -> Tensor:
+        """Keypoints (N, 2, POINTS, 2) where natural animals of a class have them.
+
+        Args:
+            images: (N, H, W, 3) uint8; classes: tom, jerry or both.
+            actions: of drawings, whose keypoints are aligned; None for natural pictures.
+            seen: the classes in the pictures, where they are others: a cat that is asked for where
+                a mouse alone is seen takes the mouse's pose, and the other way round.
+            drawn: share of the way back from the aligned keypoints to those of the drawings.
+        """
+        found, seen = self.find(images), seen or classes
+        if actions is None or self.alignment is None:
+            return _taken(found, takes_pose_of(classes, seen))
+        aligned = self.alignment(found, classes, actions, seen)
+        return torch.lerp(aligned, _taken(found, takes_pose_of(classes, seen)), drawn)
 
     def save(self, folder: Path) -> None:
         """Write both nets and the alignment into a folder."""

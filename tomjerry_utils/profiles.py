@@ -32,6 +32,15 @@ class _Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    def named(self) -> dict[str, Any]:
+        """The settings that name a stage's run, as JSON takes them.
+
+        Accumulation counts where there is any: a run made without it, before there was such a
+        key, keeps its name.
+        """
+        values = self.model_dump(mode="json")
+        return {k: v for k, v in values.items() if not (k.endswith("accumulation") and v == 1)}
+
 
 class CollectSettings(_Settings):
     """Stage 01: where pictures come from and how they are split."""
@@ -87,10 +96,14 @@ class LdmSettings(_Settings):
     denoiser_subfolder: str
     autoencoder_steps: int = NotNegative
     autoencoder_batch_size: int = Positive
+    autoencoder_accumulation: int = Positive
     autoencoder_learning_rate: float = Positive
     steps: int = Positive
     batch_size: int = Positive
+    accumulation: int = Positive
     learning_rate: float = Positive
+    lora_rank: int = NotNegative
+    gradient_checkpointing: bool
     prediction_type: Literal["sample", "epsilon", "v_prediction"]
     min_snr_gamma: float = Positive
     class_dropout: float = Fraction
@@ -110,7 +123,9 @@ class TransferSettings(_Settings):
     posture: str
     steps: int = Positive
     batch_size: int = Positive
+    accumulation: int = Positive
     learning_rate: float = Positive
+    lora_rank: int = NotNegative
     attention: Literal["poster", "ldm"]
     blip_weight: float = NotNegative
     blip_batch_size: int = Positive
@@ -119,6 +134,11 @@ class TransferSettings(_Settings):
     sample_steps: int = Positive
     guidance_scale: float = NotNegative
     blip_guidance: float = NotNegative
+    finishing_pictures: int = Positive
+    finishing_steps: int = NotNegative
+    finishing_batch_size: int = Positive
+    finishing_accumulation: int = Positive
+    finishing_learning_rate: float = Positive
     ablation_steps: int = Positive
 
 
@@ -130,6 +150,15 @@ class CompareSettings(_Settings):
     sdedit_strength: float = Field(gt=0.0, le=1.0)
     bootstrap: int = Positive
     candidates: int = Positive
+    sweep_scenes: int = Field(ge=2)
+
+
+class RivalSettings(_Settings):
+    """The study's comparison on equal terms, see `rivals`."""
+
+    budget_share: float = Field(gt=0.0, le=1.0)
+    validation_scenes: int = Positive
+    zoo_pictures: int = Positive
 
 
 class Profile(_Settings):
@@ -148,6 +177,7 @@ class Profile(_Settings):
     ldm: LdmSettings
     transfer: TransferSettings
     compare: CompareSettings
+    rivals: RivalSettings
 
 
 def load_profile(name: str | Path | None = None, *, seed: int | None = None) -> Profile:

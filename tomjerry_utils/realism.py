@@ -21,6 +21,8 @@ from tomjerry_utils.training import TrainResult, apply_ema, train
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
 
+_NO_END = 10_000_000  # steps of a run that only the clock ends
+
 
 class DomainExpert(ModelMixin, ConfigMixin):
     """log-odds that noisy latents z_t are a natural picture's; 0.2 M parameters."""
@@ -52,22 +54,28 @@ def train_expert(
     *,
     scheduler: DDIMScheduler,
     folder: Path,
-    steps: int,
     seed: int,
+    steps: int | None = None,
+    seconds: float | None = None,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     device: str = "auto",
+    threads: int = 0,
 ) -> tuple[DomainExpert, TrainResult]:
     """Train the realism expert on the noised training latents of both domains.
 
     Args:
         cartoon, natural: (N, C, h, w) and (M, C, h, w) normalised latents.
         folder: receives the training's history.
+        steps: how many, at a rate that falls to 0; None where `seconds` ends it, at a constant one.
+        seconds: training time over all sessions.
 
     Returns:
         The expert with averaged weights, and the training's result (loss and accuracy, over all
         noise levels).
     """
+    if steps is None and seconds is None:
+        raise ValueError("need steps or seconds")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         expert = DomainExpert(latent_channels=cartoon.shape[1])
@@ -99,13 +107,16 @@ def train_expert(
         {"expert": expert},
         loss,
         batches,
-        steps=steps,
+        steps=steps or _NO_END,
         learning_rate=learning_rate,
+        schedule="linear" if steps else "constant",
         folder=folder,
         seed=seed,
-        warmup_steps=min(20, steps),
+        warmup_steps=min(20, steps or _NO_END),
         ema_decay=0.99,
+        max_seconds=seconds,
         device=device,
+        threads=threads,
         describe="realism expert",
         memory_knobs="lower batch_size",
     )

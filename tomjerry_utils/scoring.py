@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from tomjerry_utils.measures import (
 )
 from tomjerry_utils.progress import progress
 from tomjerry_utils.twins import BATCH, REFERENCES, SIZE, Truth, look, reference, twins_of
+
+if TYPE_CHECKING:
+    from tomjerry_utils.translator import Translator
 
 KEYS = (
     "class_accuracy", "action_accuracy", "mask_iou", "pck", "perceptual", "kid",
@@ -114,6 +117,39 @@ def diversity(images: np.ndarray, *, bootstrap: int = BOOTSTRAP) -> dict[str, An
         "n": len(spread),
         "outputs": count,
         "features": features.DISTANCE_NAME,
+    }
+
+
+def class_swap(
+    translator: Translator,
+    cartoons: np.ndarray,
+    classes: Sequence[str],
+    *,
+    seed: int,
+    judges: judging.Judges,
+    bootstrap: int = BOOTSTRAP,
+) -> dict[str, Any]:
+    """Is the class drawn that is asked for? Each Tom is translated as a mouse, each Jerry as a cat.
+
+    Args:
+        cartoons: (N, S, S, 3) uint8 at the translator's size; classes: of each, in truth. Scenes
+            with both have nothing to swap and are left out.
+
+    Returns:
+        value, the share in which the class judge sees the class asked for; ci95 and n.
+    """
+    other = {"tom": "jerry", "jerry": "tom"}
+    alone = [i for i, cls in enumerate(classes) if cls in other]
+    if not alone:
+        raise ValueError("no scene has one animal alone: there is no class to swap")
+    asked = [other[classes[i]] for i in alone]
+    made = translator.translate(cartoons[alone], asked, seed=seed).images
+    seen = [judging.ANSWERS[k] for k in judges.classify(made).argmax(1)]
+    drawn = np.array([a == b for a, b in zip(seen, asked, strict=True)], float)
+    return {
+        "value": float(drawn.mean()),
+        "ci95": bootstrap_ci(drawn, samples=bootstrap),
+        "n": len(drawn),
     }
 
 

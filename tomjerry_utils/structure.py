@@ -169,6 +169,20 @@ def _shapes(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     return 2 * F.pixel_unshuffle(half, 2) - 1
 
 
+def drawn_maps(views: Tensor) -> Tensor:
+    """The part maps that views hold, at twice their grid: the way back from :func:`view`.
+
+    Args:
+        views: (B, VIEW_CHANNELS, h, w).
+
+    Returns:
+        (B, len(PARTS) + 1, 2h, 2w) in the form of :func:`probabilities`.
+    """
+    known = (F.pixel_shuffle(views[:, :MAPS].float(), 2) + 1) / 2
+    wall = (1 - known[:, :-1].sum(1, keepdim=True)).clamp(min=0)
+    return torch.cat([wall, known], 1)
+
+
 def coats(maps: Tensor, images: Tensor) -> Tensor:
     """Colours of the cat and of the mouse in each picture: mean and deviation, (B, COATS).
 

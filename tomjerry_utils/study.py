@@ -1,7 +1,8 @@
 """What takes hours: the course's stages 04 to 06 and their ablation over several training seeds.
 
-`tomjerry study` writes `results/compare.json` and `results/ablation.json`, which the repository
-carries; the notebooks read them, say their date, and check that what they train live falls within.
+`tomjerry study` writes `results/compare.json`, `results/ablation.json` and `results/rivals.json`,
+which the repository carries; the notebooks read them, say their date, and check that what they
+train live falls within.
 Each training seed has a run of its own (`runs/<profile>-seed<k>`), whose stages resume by
 themselves: a study that was killed goes on with the same command.
 
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from tomjerry_utils import UserError, baselines
+from tomjerry_utils.pooling import one_run, over_seeds, pooled_row, two_level
 from tomjerry_utils.profiles import DEFAULT, Profile
 from tomjerry_utils.runs import (
     PROVENANCE,
@@ -129,7 +131,9 @@ def compare_seeds(variants: Sequence[Profile]) -> dict[str, Any]:
         table["kid"] = over_seeds(draws[method])
         methods[method] = {
             "metrics": {
-                name: _row([run.results["methods"][method]["metrics"][name] for run in runs], drawn)
+                name: pooled_row(
+                    [run.results["methods"][method]["metrics"][name] for run in runs], drawn
+                )
                 for name, drawn in table.items()
             }
         }
@@ -142,7 +146,7 @@ def compare_seeds(variants: Sequence[Profile]) -> dict[str, Any]:
         differences[rival] = {}
         for name, drawn in table.items():
             found = [run.results["differences"][rival][name] for run in runs]
-            row = _row(found, drawn, key="difference")
+            row = pooled_row(found, drawn, key="difference")
             differences[rival][name] = row | {"verdict": compare.verdict(name, row["ci95"])}
     return {
         "n": first["n"],
@@ -165,53 +169,6 @@ def _by_scene(runs: Sequence[Any], method: str) -> dict[str, np.ndarray]:
         name: np.array([[np.nan if r[name] is None else r[name] for r in run] for run in rows])
         for name in names
     }
-
-
-def two_level(values: np.ndarray, samples: int, *, seed: int = 0) -> np.ndarray:
-    """Means of (seeds, scenes) with both drawn anew, (samples,); NaN values are left out.
-
-    NaN where a draw holds no other.
-    """
-    rng = np.random.default_rng(seed)
-    runs, count = values.shape
-    by_run = rng.multinomial(runs, np.full(runs, 1 / runs), size=samples)
-    by_scene = rng.multinomial(count, np.full(count, 1 / count), size=samples)
-    there = ~np.isnan(values)
-    total = ((by_run @ np.where(there, values, 0.0)) * by_scene).sum(1)
-    count_there = ((by_run @ there.astype(float)) * by_scene).sum(1)
-    return np.divide(total, count_there, out=np.full(samples, np.nan), where=count_there > 0)
-
-
-def over_seeds(draws: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Draws of a set's measure (seeds, samples), the seeds drawn anew as well: (samples,)."""
-    runs, samples = draws.shape
-    rng = np.random.default_rng(seed)
-    by_run = rng.multinomial(runs, np.full(runs, 1 / runs), size=samples)
-    return (by_run * draws.T).sum(1) / runs
-
-
-def _row(
-    found: Sequence[Mapping[str, Any]], drawn: np.ndarray, *, key: str = "value"
-) -> dict[str, Any]:
-    values = [float(row[key]) for row in found]
-    return {
-        key: float(np.mean(values)),
-        "ci95": np.nanpercentile(drawn, [2.5, 97.5]).tolist(),
-        "one_run95": one_run(values),
-        "by_seed": values,
-        "n": found[0]["n"],
-    }
-
-
-def one_run(values: Sequence[float]) -> list[float] | None:
-    """Where one more run would fall, 19 times of 20, from the values of a few (t-distribution)."""
-    from scipy.stats import t
-
-    count = len(values)
-    if count < 2:
-        return None
-    reach = float(t.ppf(0.975, count - 1)) * np.std(values, ddof=1) * math.sqrt(1 + 1 / count)
-    return [float(np.mean(values) - reach), float(np.mean(values) + reach)]
 
 
 # ---- the ablation ------------------------------------------------------------------------------
@@ -266,9 +223,20 @@ def ablation_table(tables: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, A
     return out
 
 
+# ---- the rivals --------------------------------------------------------------------------------
+
+
+def rival_seeds(variants: Sequence[Profile]) -> dict[str, Any]:
+    """Ours and every rival on equal terms: see :mod:`contest`."""
+    from tomjerry_utils import contest
+
+    return contest.run(variants)
+
+
 STUDIES: dict[str, Callable[[Sequence[Profile]], dict[str, Any]]] = {
     "compare": compare_seeds,
     "ablation": ablate_seeds,
+    "rivals": rival_seeds,
 }
 
 
@@ -277,6 +245,8 @@ STUDIES: dict[str, Callable[[Sequence[Profile]], dict[str, Any]]] = {
 
 def keep_results(profile: Profile) -> Path | None:
     """Keep a finished course's numbers as `results/<profile>/course.json`; None without a run."""
+    from tomjerry_utils import kept_figures
+
     folder = run_root(profile)
     parts = {
         "compare": folder / "06_compare" / "results.json",
@@ -284,12 +254,14 @@ def keep_results(profile: Profile) -> Path | None:
         "04 denoiser": folder / "04_ldm" / "denoiser_training" / "history.jsonl",
         "05 translator": folder / "05_transfer" / "training" / "history.jsonl",
     }
+    later = {name: folder / place for name, place in kept_figures.PLACES.items()}
     record = folder / "06_compare" / PROVENANCE
     if not record.is_file() or not all(path.is_file() for path in parts.values()):
         return None
     found = {
         name: read_json(path) if path.suffix == ".json" else read_jsonl(path)
-        for name, path in parts.items()
+        for name, path in {**parts, **later}.items()
+        if path.is_file()
     }
     made = read_json(record)
     target = project_root() / "results" / profile.name / "course.json"
@@ -308,7 +280,7 @@ def keep_results(profile: Profile) -> Path | None:
 
 
 def _draw_course(table: Mapping[str, Any], root: Path) -> list[Path]:
-    from tomjerry_utils import compare, figures
+    from tomjerry_utils import compare, figures, kept_figures
 
     methods = table["compare"]["methods"]
     overlap = {
@@ -340,6 +312,7 @@ def _draw_course(table: Mapping[str, Any], root: Path) -> list[Path]:
             "The losses of stage 04's denoiser and of stage 05's translator over their steps.",
         ),
     }
+    drawings |= kept_figures.drawings(table)
     return [
         figures.save_figure(
             figure, f"results_{name}", alt=alt, run=root, show=False,
@@ -354,7 +327,7 @@ def _draw_course(table: Mapping[str, Any], root: Path) -> list[Path]:
 
 def draw_results(folder: Path) -> list[Path]:
     """Draw what committed results hold, without a run: `figures/{results,study}_*.pdf`."""
-    from tomjerry_utils import compare
+    from tomjerry_utils import compare, kept_figures
     from tomjerry_utils.figures import save_figure
 
     root = folder.parent
@@ -370,6 +343,15 @@ def draw_results(folder: Path) -> list[Path]:
             extra={"date": table["date"], "seeds": table["seeds"]}, show=False,
         )  # fmt: skip
         drawn.append(path.with_suffix(".pdf"))
+    if (folder / "rivals.json").is_file():
+        table = read_json(folder / "rivals.json")
+        drawn += [
+            save_figure(
+                figure, f"study_{name}", alt=alt, run=root, show=False,
+                extra={"date": table["date"], "seeds": table["seeds"]},
+            ).with_suffix(".pdf")
+            for name, (figure, alt) in kept_figures.rivals_drawings(table).items()
+        ]  # fmt: skip
     if (folder / "ablation.json").is_file():
         table = read_json(folder / "ablation.json")
         for probe in PROBES:

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tomjerry_utils import blip, collect, ldm, posture, structure
+from tomjerry_utils import adapters, blip, collect, finishing, ldm, posture, structure
 from tomjerry_utils.autoencoder import decode, encode_all
 from tomjerry_utils.denoiser import (
     NO_CLASS,
@@ -55,6 +55,7 @@ from tomjerry_utils.translator import (
 )
 
 STAGE = "05_transfer"
+TRAINED = "training/denoiser"  # in the stage's folder: the denoiser before it is finished
 # The rows of the ablation: name → (source attention, structure path, natural bodies in the source's
 # poses or the shapes it is drawn in, BLIP weight on or off, whose view and caption it learns with:
 # its own, another picture's view and no caption, or neither).
@@ -83,13 +84,13 @@ class TransferRun:
 def ensure(profile: Profile) -> TransferRun:
     """Stage 05 at this profile: read it if it is finished, else make it, upstream included."""
     before = ldm.ensure(profile)
-    settings = {**profile.transfer.model_dump(mode="json"), "precision": profile.precision}
+    settings = {**profile.transfer.named(), "precision": profile.precision}
     stage = open_stage(
         profile,
         STAGE,
         settings,
         {"ldm": before.key, "posture": ldm.fingerprint(profile.transfer.posture)},
-        version=4,
+        version=6,
     )
     if not stage.finished:
         with stage.lock():
@@ -108,6 +109,7 @@ def _make(stage: Stage, profile: Profile, before: ldm.LdmRun) -> None:
     """Train the translator, then the ablation rows; finished parts are not redone."""
     folder, options = stage.folder, profile.transfer
     described = blip.ensure(profile)
+    before.unet.cpu()  # each training copies it; a GPU need not hold both
     if not (folder / "translator.json").is_file():
         unet, conditioner, _ = train_row(
             before,
@@ -121,6 +123,7 @@ def _make(stage: Stage, profile: Profile, before: ldm.LdmRun) -> None:
             blip_weight=options.blip_weight,
         )
         _write_translator(folder, unet, conditioner, before, profile)
+        del unet, conditioner  # nor this one beside the ablation's
     if not (folder / "ablation.json").is_file():
         write_json(
             folder / "ablation.json",
@@ -137,17 +140,19 @@ def _write_translator(
     profile: Profile,
 ) -> None:
     """Everything that `translate` needs, in one folder that stands alone."""
+    with atomic_dir(folder / TRAINED) as target:  # what the training alone makes, to compare with
+        save_denoiser(unet, conditioner, target)
+    photographs = _photographs(profile)
+    unet, vae = _finish(unet, conditioner, before, profile, photographs, folder)
     with atomic_dir(folder / "denoiser") as target:
         save_denoiser(unet, conditioner, target)
         before.scheduler.save_pretrained(target / "scheduler")
-    for name, source in (
-        ("autoencoder", before.folder / "autoencoder"),
-        ("structure", Path(model_source(profile.transfer.structure))),
-    ):
-        with atomic_dir(folder / name) as target:
-            for file in source.iterdir():
-                if file.suffix in (".json", ".safetensors") and file.name != "provenance.json":
-                    shutil.copy(file, target / file.name)
+    with atomic_dir(folder / "autoencoder") as target:
+        vae.save_pretrained(target)
+    with atomic_dir(folder / "structure") as target:
+        for file in Path(model_source(profile.transfer.structure)).iterdir():
+            if file.suffix in (".json", ".safetensors") and file.name != "provenance.json":
+                shutil.copy(file, target / file.name)
     with atomic_dir(folder / "posture") as target:
         fit_posture(before, profile).save(target)
     with atomic_dir(folder / "blip") as target:
@@ -155,21 +160,65 @@ def _write_translator(
     with atomic_path(folder / WARDROBE) as temporary:
         save_file(wardrobe(before.natural), temporary)
     options = profile.transfer
-    photographs = _photographs(profile)
     write_json(
         folder / "translator.json",
         {
             "profile": profile.name,
             "size": profile.image_size,
             "sample_steps": options.sample_steps,
+            "finished": options.sample_steps if options.finishing_steps else None,
             "guidance_scale": options.guidance_scale,
             "blip_guidance": options.blip_guidance,
             "blip_variant": options.blip_variant,
             "prediction_type": profile.ldm.prediction_type,
             "reference": _reference(before, profile),
             "colour": _colour(photographs),
-            "grain": _grain(photographs, before.vae),
+            "grain": _grain(photographs, vae),
         },
+    )
+
+
+def _finish(
+    unet: UNet2DConditionModel,
+    conditioner: Conditioner,
+    before: ldm.LdmRun,
+    profile: Profile,
+    photographs: np.ndarray,
+    folder: Path,
+) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """The translator's denoiser and stage 04's decoder, finished on what they draw."""
+    data = before.natural
+    if not profile.transfer.finishing_steps:
+        return unet, before.vae
+    views = posed_views(data, profile)
+
+    def conditions(index: Tensor, posed: Tensor) -> Batch:
+        # As in training: half of the views show the posture nets' bodies.
+        batch = data.batch(index)
+        batch.view = torch.where(posed[:, None, None, None], views[index].float(), batch.view)
+        return batch
+
+    drawn = finishing.draw(
+        unet,
+        conditioner,
+        before.vae,
+        before.scheduler,
+        conditions,
+        profile,
+        among=len(data),
+        path=folder / "drawn.safetensors",
+    )
+    return finishing.finish(
+        unet,
+        conditioner,
+        before.vae,
+        before.scheduler,
+        conditions,
+        _pictures_of(data, profile)[drawn["index"]],
+        drawn,
+        profile,
+        grain=_grain(photographs, before.vae),
+        folder=folder / "finishing",
     )
 
 
@@ -209,8 +258,13 @@ def train_row(
         torch.manual_seed(seed)
         conditioner = with_attention(before.conditioner, attention, structure.VIEW_CHANNELS)
     conditioner = conditioner.to(device)
-    for module in (unet, conditioner):
-        module.requires_grad_(True)
+    adapters.prepare(
+        unet,
+        lora_rank=options.lora_rank,
+        gradient_checkpointing=profile.ldm.gradient_checkpointing,
+        seed=seed,
+    )
+    conditioner.requires_grad_(True)
     for module in (before.vae, *describer.parts().values()):
         module.requires_grad_(False)
     data = before.natural
@@ -240,21 +294,19 @@ def train_row(
     def loss(
         batch: Batch, step: int, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        value, x0, _ = denoising_loss(
-            unet, conditioner, batch, before.scheduler, generator, gamma=profile.ldm.min_snr_gamma
+        return regularised_loss(
+            unet,
+            conditioner,
+            batch,
+            before.scheduler,
+            generator,
+            vae=before.vae,
+            describer=describer,
+            gamma=profile.ldm.min_snr_gamma,
+            blip_weight=blip_weight,
+            blip_batch_size=options.blip_batch_size,
+            blip_variant=options.blip_variant,
         )
-        numbers = {"denoising": value.detach()}
-        if blip_weight:
-            few = slice(0, options.blip_batch_size)
-            drawn = decode(before.vae, x0[few])
-            with torch.no_grad():
-                own = decode(before.vae, batch.latents[few])
-            alike = blip.similarity(
-                describer, drawn, own, options.blip_variant, (batch.captions or [])[few]
-            ).mean()
-            value = value + blip_weight * (1 - alike)
-            numbers["similarity"] = alike.detach()
-        return value, numbers
 
     result = train(
         {"unet": unet, "conditioner": conditioner},
@@ -263,6 +315,7 @@ def train_row(
         steps=steps,
         learning_rate=options.learning_rate,
         warmup_steps=min(20, steps),
+        accumulation=options.accumulation,
         folder=folder,
         seed=seed,
         ema_decay=profile.ldm.ema_decay,
@@ -275,7 +328,38 @@ def train_row(
         keep_checkpoint=True,
     )
     apply_ema({"unet": unet, "conditioner": conditioner}, result)
+    adapters.finish(unet)
     return unet.eval(), conditioner.eval(), result
+
+
+def regularised_loss(
+    unet: UNet2DConditionModel,
+    conditioner: Conditioner,
+    batch: Batch,
+    scheduler: Any,
+    generator: torch.Generator,
+    *,
+    vae: AutoencoderKL,
+    describer: blip.Blip,
+    gamma: float,
+    blip_weight: float,
+    blip_batch_size: int,
+    blip_variant: str,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The denoising loss, and λ (1 − BLIP similarity) of the batch's first few, decoded."""
+    value, x0, _ = denoising_loss(unet, conditioner, batch, scheduler, generator, gamma=gamma)
+    numbers = {"denoising": value.detach()}
+    if blip_weight:
+        few = slice(0, blip_batch_size)
+        drawn = decode(vae, x0[few])
+        with torch.no_grad():
+            own = decode(vae, batch.latents[few])
+        alike = blip.similarity(
+            describer, drawn, own, blip_variant, (batch.captions or [])[few]
+        ).mean()
+        value = value + blip_weight * (1 - alike)
+        numbers["similarity"] = alike.detach()
+    return value, numbers
 
 
 def posed_views(data: ldm.LatentSet, profile: Profile) -> Tensor:
@@ -393,6 +477,7 @@ def ablate(
                     **probe(made, images, rows, described.blip, net),
                 },
             )
+            del unet, conditioner, translator
         out.append(read_json(target / "row.json"))
     return out
 
@@ -486,6 +571,7 @@ def _grain(photographs: np.ndarray, vae: Any) -> float:
     """The grain of photographs that their latents do not hold, so that no denoiser can draw it."""
     some = photographs[:200]
     with torch.no_grad():
-        back = to_uint8(decode(vae, encode_all(vae, torch.from_numpy(some)).to(vae.device)))
+        latents = encode_all(vae, torch.from_numpy(some)).split(8)
+        back = np.concatenate([to_uint8(decode(vae, part.to(vae.device))) for part in latents])
     lost = measure_grain(some) ** 2 - measure_grain(back) ** 2
     return round(max(lost, 0.0) ** 0.5, 5)

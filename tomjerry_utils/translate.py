@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from tomjerry_utils import UserError, baselines, panorama, transfer
+from tomjerry_utils import UserError, budgets, panorama, rivals, transfer
 from tomjerry_utils.autoencoder import factor_of
+from tomjerry_utils.faithfulness import Dial
 from tomjerry_utils.images import list_images, load_image, resize, resize_short, save_image
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.progress import progress
@@ -79,6 +80,7 @@ def translate_files(
     size: str = "model",
     weights: Path | None = None,
     overwrite: bool = False,
+    faithfulness: float | None = None,
 ) -> list[dict[str, Any]]:
     """Translate pictures and folders for `tomjerry translate`.
 
@@ -93,15 +95,23 @@ def translate_files(
         size: "model" makes the shorter side the translator's own size, "keep" enlarges the result
             to the input's pixels, which adds no detail; either keeps the input's aspect.
         overwrite: make outputs anew that are there; without it they are kept.
+        faithfulness: from 0, as real as can be, to 1, as drawn as can be; None leaves the dial
+            alone, and out of the report.
 
     Raises:
         UserError: a missing or unreadable input, one longer than :data:`panorama.LONGEST` times its
-            shorter side, two pictures with one output, no weights, an unknown method or size.
+            shorter side, two pictures with one output, no weights, an unknown method or size, a
+            faithfulness outside 0 … 1 or for a rival, which has no such dial.
     """
+    Dial.at(faithfulness)
+    if faithfulness is not None and method != "ours":
+        raise UserError(
+            f"--faithfulness turns our own method alone: leave it or --method {method} out"
+        )
     path, line = find_weights(profile, weights)
     log(line)
-    if method not in ("ours", *baselines.RIVALS):
-        raise UserError(f"--method {method}: choose from ours, {', '.join(baselines.RIVALS)}")
+    if method not in ("ours", *budgets.RIVALS):
+        raise UserError(f"--method {method}: choose from ours, {', '.join(budgets.RIVALS)}")
     if size not in SIZES:
         raise UserError(f"--size {size}: choose from {', '.join(SIZES)}")
     jobs = _jobs(inputs, out, samples)
@@ -110,6 +120,7 @@ def translate_files(
         log(f"{len(there)} outputs exist and are kept; --overwrite makes them anew")
         jobs = [job for job in jobs if job.target not in there]
     translator = load_translator(path, profile)
+    rival = None if method == "ours" else rivals.find(profile, method, translator)
     longest = translator.scheduler.config.num_train_timesteps
     if steps is not None and steps > longest:
         raise UserError(f"--steps {steps}: the noise schedule has {longest}; give no more")
@@ -133,10 +144,11 @@ def translate_files(
                 translator,
                 pictures,
                 [None if cls == "auto" else cls] * len(some),
-                method=method,
+                rival=rival,
                 steps=steps,
                 seed=seed,
                 numbers=[_number(x, job.sample) for x, job in zip(pictures, some, strict=True)],
+                faithfulness=faithfulness,
             )
             far = distance(np.stack([each.square for each in made]), reference)
             new = [
@@ -146,6 +158,7 @@ def translate_files(
                     "class": each.cls,
                     "distance": round(float(d), 3),
                     "seconds": round(each.seconds, 4),
+                    **({} if faithfulness is None else {"faithfulness": faithfulness}),
                 }
                 for job, each, d in zip(some, made, far, strict=True)
             ]
@@ -247,10 +260,11 @@ def _translate(
     pictures: Sequence[np.ndarray],
     classes: Sequence[str | None],
     *,
-    method: str,
+    rival: rivals.Rival | None,
     steps: int | None,
     seed: int,
     numbers: Sequence[int],
+    faithfulness: float | None,
 ) -> list[_Made]:
     """Translate pictures whose shorter side has the translator's size; squares go together."""
     made: dict[int, _Made] = {}
@@ -260,11 +274,11 @@ def _translate(
         options: dict[str, Any] = {"seed": seed, "steps": steps}
         options["numbers"] = [numbers[i] for i in square]
         images, given = np.stack([pictures[i] for i in square]), [classes[i] for i in square]
-        if method == "ours":
-            translation = translator.translate(images, given, **options)
+        if rival is None:
+            translation = translator.translate(images, given, faithfulness=faithfulness, **options)
             results, names = translation.images, translation.classes
         else:
-            results, names = baselines.run(method, translator, images, given, **options)
+            results, names = rival.translate(images, given, **options)
         each = (time.monotonic() - begun) / len(square)
         for i, picture, name in zip(square, results, names, strict=True):
             made[i] = _Made(picture, name, pictures[i], each)
@@ -279,10 +293,11 @@ def _translate(
             padded,
             layout,
             name,
-            method=method,
+            rival=rival.translate if rival else None,
             seed=seed,
             steps=steps,
             number=numbers[i],
+            faithfulness=faithfulness,
         )
         made[i] = _Made(
             picture[:height, :width],

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from tomjerry_utils import UserError, blip, ldm, posture, scenes, structure
 from tomjerry_utils.autoencoder import decode, encode_all, factor_of, load_autoencoder
-from tomjerry_utils.denoiser import Batch, Conditioner, load_denoiser, make_scheduler, sample
+from tomjerry_utils.denoiser import Batch, Conditioner, load_denoiser, make_scheduler
+from tomjerry_utils.faithfulness import NATURAL, Dial
 from tomjerry_utils.images import add_grain, to_uint8
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import foundation_root, log, read_json, write_json
+from tomjerry_utils.sampling import sample
 from tomjerry_utils.scenes import CLASSES, LABELS, label_of
 from tomjerry_utils.training import pick_device
 
@@ -47,6 +49,7 @@ class Translator:
     grain: float = 0.0  # deviation, as a share of the range; see `images.measure_grain`
     wardrobe: dict[str, Tensor] | None = None  # see :func:`wardrobe`
     posture: posture.Posture | None = None  # None leaves the animals the shapes they are drawn in
+    finished: int | None = None  # the steps that its last ones were finished for
 
     def translate(
         self,
@@ -60,6 +63,7 @@ class Translator:
         start: str = "noise",
         strength: float = 1.0,
         numbers: Sequence[int] | None = None,
+        faithfulness: float | None = None,
     ) -> Translation:
         """Translate cartoons.
 
@@ -68,32 +72,72 @@ class Translator:
             classes: tom, jerry, both, or None to read the class off the picture.
             seed: a picture's noise, coats and grain depend on this and on its number alone.
             numbers: the pictures' numbers; None counts them from 0.
-            steps: DDIM steps; None for the profile's.
+            steps: DDIM steps, see `sampling.timetable`; None for the profile's.
             start, strength: "source" begins from the noised source latents (SDEdit).
+            faithfulness: from 0, as real as can be, to 1, as drawn as can be; sets start and
+                strength. None for 0.
+
+        Raises:
+            UserError: a faithfulness outside 0 … 1.
         """
+        dial, steps = Dial.at(faithfulness), steps or self.steps
+        if faithfulness is not None:
+            steps, strength = dial.begin(steps)
+            start = "source" if strength < 1 else "noise"
         out, captions, names = [], [], []
         places = range(len(images)) if numbers is None else numbers
         for begin in range(0, len(images), batch_size):
             part = images[begin : begin + batch_size]
             wanted = None if classes is None else classes[begin : begin + batch_size]
             here = places[begin : begin + batch_size]
-            conditions = self.conditions(part, wanted, seed=seed, numbers=here)
+            conditions = self.conditions(part, wanted, seed=seed, numbers=here, dial=dial)
             captions += conditions.captions
             names += conditions.classes
-            latents = self._sample(
-                conditions,
-                part,
-                seed=seed,
-                numbers=here,
-                steps=steps or self.steps,
-                blip_guidance=self.blip_guidance if blip_guidance is None else blip_guidance,
-                start=start,
-                strength=strength,
+            out.append(
+                self.draw(
+                    conditions,
+                    part,
+                    seed=seed,
+                    numbers=here,
+                    steps=steps,
+                    blip_guidance=blip_guidance,
+                    start=start,
+                    strength=strength,
+                )
             )
-            with torch.no_grad():
-                drawn = to_uint8(decode(self.vae, latents))
-            out.append(add_grain(drawn, self.grain, seed=seed, numbers=here))
         return Translation(np.concatenate(out), names, captions)
+
+    def draw(
+        self,
+        conditions: Conditions,
+        images: np.ndarray,
+        *,
+        seed: int,
+        numbers: Sequence[int],
+        steps: int | None = None,
+        blip_guidance: float | None = None,
+        start: str = "noise",
+        strength: float = 1.0,
+    ) -> np.ndarray:
+        """Pictures (N, S, S, 3) uint8 from what the denoiser is told, whoever read it.
+
+        Args:
+            conditions: from :meth:`conditions`, or the same with other views or texts.
+            images: the sources; the others as of :meth:`translate`.
+        """
+        latents = self._sample(
+            conditions,
+            images,
+            seed=seed,
+            numbers=numbers,
+            steps=steps or self.steps,
+            blip_guidance=self.blip_guidance if blip_guidance is None else blip_guidance,
+            start=start,
+            strength=strength,
+        )
+        with torch.no_grad():
+            drawn = to_uint8(decode(self.vae, latents))
+        return add_grain(drawn, self.grain, seed=seed, numbers=numbers)
 
     def conditions(
         self,
@@ -102,6 +146,7 @@ class Translator:
         *,
         seed: int = 0,
         numbers: Sequence[int] | None = None,
+        dial: Dial = NATURAL,
     ) -> Conditions:
         """View, caption and class of source pictures, read by our own models alone.
 
@@ -111,12 +156,8 @@ class Translator:
         device = self.unet.device
         pictures = torch.from_numpy(images)
         grid = (images.shape[1] // factor_of(self.vae), images.shape[2] // factor_of(self.vae))
-        views, maps = structure.look(self.net, pictures, grid)
-        tone = (
-            self.conditioner.config.tone_mean["cartoon"],
-            self.conditioner.config.tone_std["cartoon"],
-        )
-        views = structure.standardise(views, *tone)
+        seen, maps = structure.look(self.net, pictures, grid)
+        views = self.standardise(seen, "cartoon")
         read = structure.classify(maps)
         names = [
             r if c in (None, "auto") else c
@@ -131,7 +172,11 @@ class Translator:
         ]
         if self.posture is not None:
             actions = [blip.caption_slots(text)["action"] for text in captions]
-            views = structure.reshape(views, self.posture.pose(pictures, maps, names, actions))
+            posed = self.posture.pose(
+                pictures, maps, names, actions, seen=read, drawn=dial.keypoints
+            )
+            views = structure.reshape(views, posed)
+        views = dial.turn(views, self.standardise(seen, "natural"))
         with torch.no_grad():
             text, mask = self.describer.text_tokens(captions, length=ldm.TEXT_LENGTH)
         labels = torch.tensor([LABELS.index("cat") + CLASSES.index(n) for n in names])
@@ -144,6 +189,11 @@ class Translator:
             view=views,
         )
         return Conditions(batch.to(device), names, captions)
+
+    def standardise(self, views: Tensor, style: str) -> Tensor:
+        """Views with coats and tones standardised as those of a domain's training pictures."""
+        config = self.conditioner.config
+        return structure.standardise(views, config.tone_mean[style], config.tone_std[style])
 
     def _sample(
         self,
@@ -177,6 +227,7 @@ class Translator:
             start=source,
             strength=strength,
             guide=guide,
+            finished=self.finished,
         )
 
     def _guide(
@@ -310,6 +361,7 @@ def _load(folder: Path, profile: Profile) -> Translator:
         blip_variant=facts["blip_variant"],
         colour=facts.get("colour"),
         grain=facts.get("grain", 0.0),
+        finished=facts.get("finished"),
         wardrobe=load_file(folder / WARDROBE),
         posture=posture.load_posture(
             _place(folder, "posture/pose").parent, folder / "posture" / posture.ALIGNMENT

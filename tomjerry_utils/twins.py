@@ -40,8 +40,8 @@ REFERENCE_SEED = 4_900_000
 @dataclass(frozen=True)
 class Truth:
     """Some scenes as they are: images (N, 64, 64, 3) of the twins without the camera's noise,
-    sources (N, 64, 64, 3) of the cartoons, masks, keypoints (N, 2, K, 3) with the cat's first, and
-    the indices of class and action."""
+    sources (N, 64, 64, 3) of the cartoons, masks, keypoints (N, 2, K, 3) with the cat's first,
+    parts (N, 64, 64), and the indices of class and action."""
 
     seeds: tuple[int, ...]
     classes: np.ndarray
@@ -50,6 +50,7 @@ class Truth:
     sources: np.ndarray
     masks: np.ndarray
     points: np.ndarray
+    parts: np.ndarray
 
 
 @lru_cache(maxsize=4)
@@ -65,6 +66,7 @@ def twins_of(seeds: tuple[int, ...]) -> Truth:
         scenes.render_many(list(seeds), "cartoon", SIZE)["image"],
         drawn["mask"],
         judging.by_species(np.array(seeds), drawn["keypoints"]),
+        drawn["parts"],
     )
 
 

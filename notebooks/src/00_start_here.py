@@ -279,7 +279,7 @@ for what, value in table.items():
 # | for | profile | machine | time for the whole course |
 # |---|---|---|---|
 # | tests | `smoke` | anything | minutes |
-# | learning | `mini` | a laptop, two cores | about 15 minutes |
+# | learning | `mini` | a laptop, two cores | half an hour |
 # | real frames, an evening | `colab` | one T4 with 16 GB | hours |
 # | the poster | `paper` | A40, A100 or H100 | the poster: 20 h LDM + 15 h BLIP + 8 h transfer |
 #

@@ -61,7 +61,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from tomjerry_utils import canvas, collect, denoiser, figures, ldm, scenes
+from tomjerry_utils import canvas, collect, denoiser, figures, ldm, samplers, sampling, scenes
 from tomjerry_utils.autoencoder import decode, encode_all, psnr
 from tomjerry_utils.images import to_tensor, to_uint8
 from tomjerry_utils.lessons import check, compare
@@ -399,7 +399,7 @@ tried, seconds = (1, 2, 4, 8, 16, 32), {}
 drawn: dict[int, torch.Tensor] = {}
 for count in tried:
     begun = time.monotonic()
-    drawn[count] = denoiser.sample(
+    drawn[count] = sampling.sample(
         run.unet, run.conditioner, shown_batch, run.scheduler, steps=count,
         guidance_scale=1.0, generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
@@ -438,6 +438,37 @@ for count in tried:
 # mean of all pictures that fit, and no single picture is nearer to everything than the mean. That
 # is what blur is, and why squared error must not choose the number of steps.
 #
+# ### Four samplers
+#
+# DDIM is one of many ways down the same schedule. `benchmarks/samplers.py` let four of diffusers'
+# translate the same held-out cartoons from the same noise, by the translator of notebook 05 as
+# training leaves it. One of the scenes:
+
+# %%
+measured = samplers.load_results()
+figure = samplers.draw_samplers(measured)
+saved = figures.save_figure(
+    figure,
+    "samplers",
+    alt="One held-out cartoon translated by DDPM, DDIM, DPM-Solver++ and UniPC, a row each, in 2 "
+    "to 50 steps from left to right, with KID and time below each picture.",
+    run=settings,
+    notebook="04_ldm_training",
+)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+print(f"{measured['settings']['scenes'][1] - measured['settings']['scenes'][0]} scenes,")
+print(f"{measured['machine']['device']}, {measured['date']}\n")
+print(samplers.samplers_table(measured))
+print("\nin at most ten steps no worse than in fifty, and faster by:")
+for row in samplers.few_against_many(measured):
+    if row["kid"] and row["iou"]:
+        name = samplers.TITLES[row["sampler"]]
+        print(f"  {name:<12} {row['steps']:>2} steps: denoising {row['denoising']:.1f}x,", end="")
+        print(f" whole way {row['whole']:.1f}x")
+
+# %% [markdown]
 # ## Check yourself
 #
 # ### Exercise 1 · The noise in a guess
