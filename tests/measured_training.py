@@ -98,7 +98,19 @@ def train_translator(profile: Profile, folder: Path) -> None:
     widen(unet, vae.config.latent_channels + structure.VIEW_CHANNELS)
     data = _latents(profile, vae, blip)
     before = ldm.LdmRun(
-        folder, vae, unet, conditioner, make_scheduler("sample"), data, data, [], [], {}, ""
+        folder,
+        vae,
+        unet,
+        conditioner,
+        make_scheduler("sample"),
+        data,
+        data,
+        [],
+        [],
+        {},
+        {},
+        data.views,
+        "",
     )
     transfer.train_row(
         before, blip, profile, folder=folder, steps=STEPS, attention=profile.transfer.attention,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,15 +21,9 @@ from tomjerry_utils.scenes import LABELS
 
 SMOKE = load_profile("smoke")
 PICTURES, STEPS, DRAWING = 12, 12, 4
-OPTIONS = {
-    "finishing_pictures": 9,
-    "finishing_steps": STEPS,
-    "finishing_batch_size": 4,
-    "finishing_learning_rate": 1e-3,
-    "sample_steps": DRAWING,
-    "guidance_scale": 1.0,
-}
-PROFILE = SMOKE.model_copy(update={"transfer": SMOKE.transfer.model_copy(update=OPTIONS)})
+OPTIONS = {"pictures": 9, "steps": STEPS, "batch_size": 4, "learning_rate": 1e-3}
+PROFILE = SMOKE.model_copy(update={"finishing": SMOKE.finishing.model_copy(update=OPTIONS)})
+HOW: dict[str, Any] = {"steps": DRAWING, "guidance_scale": 1.0, "describe": "a test"}
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +68,13 @@ def world(pictures: torch.Tensor) -> World:
 @pytest.fixture(scope="module")
 def drawn(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     path = tmp_path_factory.mktemp("drawn") / "drawn.safetensors"
-    made = finishing.draw(*world.parts(), world.conditions, PROFILE, among=PICTURES, path=path)  # type: ignore[arg-type]
+    made = finishing.draw(
+        *world.parts(), world.conditions, PROFILE, among=PICTURES, path=path, **HOW
+    )  # type: ignore[arg-type]
     before = len(world.asked)
-    kept = finishing.draw(*world.parts(), world.conditions, PROFILE, among=PICTURES, path=path)  # type: ignore[arg-type]
+    kept = finishing.draw(
+        *world.parts(), world.conditions, PROFILE, among=PICTURES, path=path, **HOW
+    )  # type: ignore[arg-type]
     assert len(world.asked) == before  # read, not drawn again
     assert made.keys() == kept.keys() and all(torch.equal(made[k], kept[k]) for k in made)
     return made
@@ -92,7 +91,7 @@ def walk(world: World, drawn: dict[str, torch.Tensor], unet: torch.nn.Module) ->
 def test_each_drawing_is_kept_before_its_last_steps(
     world: World, drawn: dict[str, torch.Tensor]
 ) -> None:
-    assert len(drawn["index"].unique()) == OPTIONS["finishing_pictures"]  # no picture twice,
+    assert len(drawn["index"].unique()) == OPTIONS["pictures"]  # no picture twice,
     assert torch.equal(drawn["own"], world.own[drawn["index"]])  # each beside its own latent,
     assert 0 < drawn["posed"].sum() < len(drawn["posed"])
     # and the last steps, taken from the kept state, end where the whole drawing ended.
@@ -139,6 +138,8 @@ def test_texture_comes_back_and_nothing_but_last_steps_and_decoder_changes(
             pictures[drawn["index"]],
             drawn,
             PROFILE,
+            **HOW,
+            lora_rank=0,
             grain=0.0,
             folder=tmp_path / "training",
         )  # type: ignore[arg-type]

@@ -17,7 +17,16 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from tomjerry_utils import UserError, blip, ldm, processes, scenes, structure, training
+from tomjerry_utils import (
+    UserError,
+    blip,
+    finishing,
+    ldm,
+    processes,
+    scenes,
+    structure,
+    training,
+)
 from tomjerry_utils.autoencoder import load_autoencoder
 from tomjerry_utils.denoiser import NO_CLASS, Conditioner, make_scheduler
 from tomjerry_utils.profiles import Profile, load_profile
@@ -176,9 +185,18 @@ def run() -> ldm.LdmRun:
 
 
 def test_the_stage_leaves_what_the_next_ones_read(run: ldm.LdmRun) -> None:
-    expected = {"autoencoder", "denoiser", "samples", "cartoon.safetensors", "provenance.json"}
+    expected = {
+        "autoencoder",
+        "denoiser",
+        "finished",
+        "samples",
+        "free",
+        "cartoon.safetensors",
+        "provenance.json",
+    }
     assert expected <= {path.name for path in run.folder.iterdir()}
-    assert set(run.samples) == set(LABELS)
+    assert set(run.samples) == set(run.free) == set(LABELS)
+    assert run.posed.shape == run.natural.views.shape
     assert {LABELS[i] for i in run.cartoon.labels.tolist()} == {"tom", "jerry", "tom_jerry"}
     assert {LABELS[i] for i in run.natural.labels.tolist()} == {"cat", "mouse", "cat_mouse"}
     # Captions are mapped to natural words, so that both domains share them.
@@ -222,7 +240,8 @@ def test_a_finished_stage_is_only_read(run: ldm.LdmRun, monkeypatch: pytest.Monk
 
 def test_what_it_was_made_from_is_in_its_key(run: ldm.LdmRun) -> None:
     inputs = read_provenance(run.folder)["inputs"]
-    assert {"captions", "manifest", "structure", "autoencoder", "denoiser"} <= set(inputs)
+    nets = {"structure", "posture", "perceptual", "autoencoder", "denoiser"}
+    assert {"captions", "manifest", *nets} <= set(inputs)
 
 
 # ---- several processes -------------------------------------------------------------------------
@@ -269,7 +288,8 @@ def test_two_processes_make_the_stage_of_one_with_batches_twice_as_large(
     def averaging_two(*args: Any, **options: Any) -> training.TrainResult:
         return training.train(*args, **{**options, "accumulation": 2})
 
-    monkeypatch.setattr(ldm, "train", averaging_two)
+    for module in (ldm, finishing):
+        monkeypatch.setattr(module, "train", averaging_two)
     one = ldm.ensure(SMOKE)
     _, errors = launched.communicate(timeout=240)
     assert launched.returncode == 0, errors

@@ -53,6 +53,7 @@ SECONDS = {
     "03 blip": 40.0,
     "04 decoder": 10.0,
     "04 denoiser": 20.0,
+    "04 finishing": 5.0,
     "05 translator": 25.0,
     "05 finishing": 5.0,
 }
@@ -60,6 +61,7 @@ PLACES = (
     "03_blip",
     "04_ldm/autoencoder_training",
     "04_ldm/denoiser_training",
+    "04_ldm/finishing",
     "05_transfer/training",
     "05_transfer/finishing",
 )
@@ -109,7 +111,7 @@ def make_run(profile: Profile, translator: Any, collected: Path) -> ldm.LdmRun:
     ]
     return ldm.LdmRun(
         stage, translator.vae, translator.unet, translator.conditioner, translator.scheduler,
-        sets[0], sets[1], [], [], {}, "made",
+        sets[0], sets[1], [], [], {}, {}, sets[1].views, "made",
     )  # fmt: skip
 
 

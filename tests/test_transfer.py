@@ -23,6 +23,7 @@ from tomjerry_utils import UserError, blip, ldm, structure, transfer
 from tomjerry_utils.autoencoder import decode
 from tomjerry_utils.denoiser import load_denoiser, make_scheduler
 from tomjerry_utils.images import load_image, save_image, to_tensor
+from tomjerry_utils.latents import wardrobe
 from tomjerry_utils.profiles import load_profile
 from tomjerry_utils.runs import read_json, read_jsonl, run_root, write_json
 from tomjerry_utils.scenes import CLASSES, LABELS
@@ -33,7 +34,6 @@ from tomjerry_utils.translator import (
     load_translator,
     noise_for,
     ship,
-    wardrobe,
     with_subject,
 )
 
@@ -245,6 +245,7 @@ def before(translator: Translator) -> Any:
     return SimpleNamespace(
         unet=plain.unet, conditioner=plain.conditioner, vae=translator.vae,
         scheduler=make_scheduler("sample"), cartoon=sets["cartoon"], natural=sets["natural"],
+        posed=torch.full_like(sets["natural"].views, 7.0),
     )  # fmt: skip
 
 
@@ -305,14 +306,10 @@ def test_half_of_the_views_show_the_body_of_their_pose(
         seen.append(batch.view.clone())
         return real(unet, conditioner, batch, *given, **options)
 
-    def posed(data: ldm.LatentSet, profile: Any) -> torch.Tensor:
-        return torch.full_like(data.views, 7.0)
-
     def exaggerate(*_: Any, **__: Any) -> torch.Tensor:
         raise AssertionError("shapes are exaggerated beside natural bodies")
 
     monkeypatch.setattr(transfer, "denoising_loss", watched)
-    monkeypatch.setattr(transfer, "posed_views", posed)
     monkeypatch.setattr(transfer.structure, "exaggerate", exaggerate)
     row(before, translator.describer, tmp_path / "posed", use_posture=True)
     other = torch.cat(seen).mean((1, 2, 3)) > 5
@@ -656,7 +653,7 @@ def test_denoiser_and_decoder_are_finished_on_what_the_translator_drew(
     same = run.translator.conditioner.state_dict()
     assert all(torch.equal(value, same[name]) for name, value in conditioner.state_dict().items())
     drawn = load_file(run.folder / "drawn.safetensors")
-    assert len(drawn["state"]) == SMOKE.transfer.finishing_pictures
+    assert len(drawn["state"]) == SMOKE.finishing.pictures
     # Drawn from the pictures' own views: nearer to their own colours than to others'.
     images = decode(ldm.ensure(SMOKE).vae, drawn["own"])
     made, real = drawn["colours"], torch.nn.functional.avg_pool2d(images, 4)

@@ -75,13 +75,14 @@ def course_seconds(profile: Profile) -> dict[str, float]:
         "03 blip": "03_blip/history.jsonl",
         "04 decoder": f"{ldm.STAGE}/autoencoder_training/history.jsonl",
         "04 denoiser": f"{ldm.STAGE}/denoiser_training/history.jsonl",
+        "04 finishing": f"{ldm.STAGE}/finishing/history.jsonl",
         "05 translator": f"{transfer.STAGE}/training/history.jsonl",
         "05 finishing": f"{transfer.STAGE}/finishing/history.jsonl",
     }
     if not profile.ldm.autoencoder_steps:
         del histories["04 decoder"]
-    if not profile.transfer.finishing_steps:
-        del histories["05 finishing"]
+    if not profile.finishing.steps:
+        del histories["04 finishing"], histories["05 finishing"]
     found = {}
     for name, place in histories.items():
         path = run_root(profile) / place

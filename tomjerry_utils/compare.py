@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tomjerry_utils import baselines, features, ldm, metrics, scenes, scoring, transfer
-from tomjerry_utils.images import load_image, save_image
+from tomjerry_utils import baselines, features, ldm, metrics, painting, scenes, scoring, transfer
+from tomjerry_utils.images import add_grain, load_image, save_image
 from tomjerry_utils.judges import Judges, load_judges
 from tomjerry_utils.measures import kid, kid_draws, on_manifold, paired_bootstrap, recall_draws
 from tomjerry_utils.picking import PICKS, SHORTLIST, attempt_file, noise_seed, pick, rule
@@ -113,7 +113,7 @@ def ensure(profile: Profile) -> CompareRun:
     before = transfer.ensure(profile)
     judges = sorted((foundation_root() / "judges").rglob("*.safetensors"))
     inputs = {"transfer": before.key, "judges": hash_obj([hash_file(file) for file in judges])}
-    stage = open_stage(profile, STAGE, profile.compare, inputs, version=3)
+    stage = open_stage(profile, STAGE, profile.compare, inputs, version=4)
     if not stage.finished:
         with stage.lock():
             if not stage.finished:
@@ -194,6 +194,7 @@ def _make(stage: Stage, profile: Profile, translator: Translator) -> None:
         judges=judges,
         bootstrap=options.bootstrap,
     )
+    results["samples"] = _class_samples(model, profile, judges)
     results["seconds_per_picture"] = {m: round(done[m].seconds / len(seeds), 4) for m in METHODS}
     results["settings"] = {**options.model_dump(mode="json"), "size": profile.image_size}
     write_jsonl(folder / "scores.jsonl", rows)
@@ -204,6 +205,36 @@ def _make(stage: Stage, profile: Profile, translator: Translator) -> None:
     write_json(folder / "results.json", results)
     shutil.rmtree(folder / "work", ignore_errors=True)
     stage.finish(metrics={m: results["methods"][m]["metrics"] for m in METHODS})
+
+
+def _class_samples(model: ldm.LdmRun, profile: Profile, judges: Judges) -> dict[str, Any]:
+    """Stage 04's samples measured: staged and painted, and told the class alone."""
+    count = max(1, profile.compare.test_scenes // len(scenes.CLASSES))
+    many = profile.ldm.model_copy(update={"samples_per_class": count})
+    painter = painting.painter(model.folder, profile)
+    free = ldm.sample_classes(
+        model.unet,
+        model.conditioner,
+        model.vae,
+        model.natural,
+        model.scheduler,
+        profile.model_copy(update={"ldm": many}),
+    )
+    drawn = {
+        "staged": painter.draw_all(count),
+        # By the same camera, so that neither gains by its grain.
+        "free": {
+            label: add_grain(images, painter.grain, seed=profile.seed, numbers=range(count))
+            for label, images in free.items()
+        },
+    }
+    known = painting.pictures_of(model.natural, profile)
+    return {
+        name: scoring.class_samples(
+            samples, known, judges=judges, bootstrap=profile.compare.bootstrap
+        )
+        for name, samples in drawn.items()
+    }
 
 
 def _describe(seed: int) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""Finishing: the translator's last steps and its decoder learn to make photographs.
+"""Finishing: a denoiser's last steps and its decoder learn to make photographs.
 
 A denoiser that minimises E‖ẑ − z‖² hedges: what it cannot know it leaves out, and a decoder that
 has only ever seen encoded photographs shows that as smooth fur and a faint grid. So after the
-translator is trained, it draws natural training pictures from their own views, and the last steps
-of that drawing are tuned together with the decoder. A drawing shows the same animal in the same
-place, but other hairs: it is asked for as much texture as the photograph has in each patch
-(:func:`perceptual.texture_gap`), for the colours it had, and the decoder still for the photograph
-itself where the latent is the photograph's own. The encoder and the latents stay as they are.
+training of stage 04, and again after that of stage 05, the model draws natural training pictures
+from their own views, and the last steps of that drawing are tuned together with the decoder. A
+drawing shows the same animal in the same place, but other hairs: it is asked for as much texture as
+the photograph has in each patch (:func:`perceptual.texture_gap`), for the colours it had, and the
+decoder still for the photograph itself where the latent is the photograph's own. The encoder and
+the latents stay as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -23,8 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tomjerry_utils import adapters, perceptual
-from tomjerry_utils.autoencoder import decode, decoder_alone
+from tomjerry_utils.autoencoder import decode, decoder_alone, encode_all
 from tomjerry_utils.denoiser import Batch, Conditioner
+from tomjerry_utils.images import measure_grain, to_uint8
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.progress import progress
 from tomjerry_utils.runs import atomic_path
@@ -48,14 +51,18 @@ def draw(
     conditions: Conditions,
     profile: Profile,
     *,
+    steps: int,
+    guidance_scale: float,
     among: int,
     path: Path,
+    describe: str,
 ) -> dict[str, Tensor]:
-    """What the translator draws for some natural training pictures, made once and kept.
+    """What the denoiser draws for some natural training pictures, made once and kept.
 
     Args:
         conditions: (indices (B,), posed (B,) bool) → what the denoiser is told of those pictures,
             where posed with the posture nets' body in the view; its latents are their own.
+        steps, guidance_scale: of the drawing, see :func:`sampling.denoise`.
         among: how many pictures there are to draw from.
         path: a safetensors file, read where it is there.
 
@@ -66,19 +73,19 @@ def draw(
     """
     if path.is_file():
         return load_file(path)
-    options, device = profile.transfer, unet.device
+    device = unet.device
     generator = torch.Generator().manual_seed(profile.seed)
-    index = torch.randperm(among, generator=generator)[: options.finishing_pictures]
+    index = torch.randperm(among, generator=generator)[: profile.finishing.pictures]
     posed = torch.rand(len(index), generator=generator) < 0.5
-    steps = timetable(scheduler, options.sample_steps)
+    table = timetable(scheduler, steps)
     found: dict[str, list[Tensor]] = {"state": [], "own": [], "colours": []}
     parts = torch.arange(len(index)).split(DRAWN_AT_ONCE)
-    for part in progress(parts, "05 drawing", unit=f"x{DRAWN_AT_ONCE}"):
+    for part in progress(parts, describe, unit=f"x{DRAWN_AT_ONCE}"):
         batch = conditions(index[part], posed[part]).to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-        walk: dict[str, Any] = {"guidance_scale": options.guidance_scale, "generator": generator}
-        state = denoise(unet, conditioner, batch, noise, steps[:-LAST_STEPS], **walk)
-        drawn = denoise(unet, conditioner, batch, state, steps[-LAST_STEPS:], **walk)
+        walk: dict[str, Any] = {"guidance_scale": guidance_scale, "generator": generator}
+        state = denoise(unet, conditioner, batch, noise, table[:-LAST_STEPS], **walk)
+        drawn = denoise(unet, conditioner, batch, state, table[-LAST_STEPS:], **walk)
         found["state"].append(state.float().cpu())
         found["own"].append(batch.latents.float().cpu())
         found["colours"].append(F.avg_pool2d(decode(vae, drawn).float(), CELL).cpu())
@@ -152,33 +159,39 @@ def finish(
     drawn: dict[str, Tensor],
     profile: Profile,
     *,
+    steps: int,
+    guidance_scale: float,
+    lora_rank: int,
     grain: float,
     folder: Path,
+    describe: str,
 ) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     """Tune copies of a denoiser and of an autoencoder's decoder on the last steps of drawings.
 
     Args:
         conditions, drawn: of :func:`draw`.
         images: (N, H, W, 3) uint8, the photographs, as `drawn` has them.
-        grain: deviation of the camera's noise that `translate` adds, as a share of the range.
+        steps, guidance_scale: of the drawings.
+        lora_rank: of an adapter that is trained in place of the denoiser's weights; 0 for none.
+        grain: deviation of the camera's noise that drawings get, as a share of the range.
         folder: of the training, see `training.train`.
 
     Returns:
         The copies, in evaluation mode.
     """
-    options, device = profile.transfer, pick_device(profile.device)
+    options, device = profile.finishing, pick_device(profile.device)
     unet, vae = copy.deepcopy(unet).to(device), copy.deepcopy(vae).to(device)
     conditioner = conditioner.to(device).requires_grad_(False)
     adapters.prepare(
         unet,
-        lora_rank=options.lora_rank,
+        lora_rank=lora_rank,
         gradient_checkpointing=profile.ldm.gradient_checkpointing,
         seed=profile.seed,
     )
     decoder = decoder_alone(vae)
     net = perceptual.trunk().to(device)
-    last = timetable(scheduler, options.sample_steps)[-LAST_STEPS:]
-    size = options.finishing_batch_size
+    last = timetable(scheduler, steps)[-LAST_STEPS:]
+    size = options.batch_size
     same = own_in_batch(size)
 
     def batches(step: int, generator: torch.Generator) -> tuple[Any, ...]:
@@ -197,7 +210,7 @@ def finish(
             net,
             *batch,
             last=last,
-            guidance_scale=options.guidance_scale,
+            guidance_scale=guidance_scale,
             generator=generator,
         )
 
@@ -206,10 +219,10 @@ def finish(
         modules,
         loss,
         batches,
-        steps=options.finishing_steps,
-        learning_rate=options.finishing_learning_rate,
-        warmup_steps=min(20, options.finishing_steps),
-        accumulation=options.finishing_accumulation,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        warmup_steps=min(20, options.steps),
+        accumulation=options.accumulation,
         folder=folder,
         seed=profile.seed,
         ema_decay=0.97,
@@ -217,11 +230,23 @@ def finish(
         precision=profile.precision,
         device=profile.device,
         threads=profile.threads,
-        log_every=max(1, options.finishing_steps // 20),
+        log_every=max(1, options.steps // 20),
         checkpoint_every_s=profile.checkpoint_every_s,
-        describe="05 finishing",
+        describe=describe,
         keep_checkpoint=True,
     )
     apply_ema(modules, result)
     adapters.finish(unet)
     return unet.eval(), vae.eval()
+
+
+def lost_grain(photographs: np.ndarray, vae: AutoencoderKL) -> float:
+    """The grain of photographs (N, H, W, 3) uint8 that their latents do not hold, so that no
+    denoiser can draw it: a deviation, as a share of the range. Measured on the first 200.
+    """
+    some = photographs[:200]
+    with torch.no_grad():
+        latents = encode_all(vae, torch.from_numpy(some)).split(8)
+        back = np.concatenate([to_uint8(decode(vae, part.to(vae.device))) for part in latents])
+    lost = measure_grain(some) ** 2 - measure_grain(back) ** 2
+    return round(max(lost, 0.0) ** 0.5, 5)

@@ -21,7 +21,7 @@ from tomjerry_utils import blip, structure
 from tomjerry_utils.autoencoder import encode_all
 from tomjerry_utils.denoiser import NO_CLASS, Batch, repeat_texts
 from tomjerry_utils.runs import atomic_path, read_json, write_json
-from tomjerry_utils.scenes import LABELS
+from tomjerry_utils.scenes import CLASSES, LABELS, label_of
 
 TEXT_LENGTH = 20  # tokens of a caption that the denoisers attend to
 PIXELS_AT_ONCE = 64 * 64 * 64  # that the autoencoder encodes: 64 pictures of 64 px, or 1 of 512
@@ -58,6 +58,12 @@ class LatentSet:
             mask=self.masks[rows],
             view=self.views[index].float(),
         )
+
+    def classes(self) -> list[str | None]:
+        """tom, jerry or both of each picture, of either domain; None where it has no class."""
+        return [
+            None if n == NO_CLASS else CLASSES[int(n) % len(CLASSES)] for n in self.labels.tolist()
+        ]
 
     def save(self, path: Path) -> None:
         """Write the set as safetensors, atomically; the file names go into a JSON beside it."""
@@ -125,3 +131,24 @@ def join(sets: Sequence[LatentSet]) -> LatentSet:
         texts=[t for s in sets for t in s.texts],
         files=[f for s in sets for f in s.files],
     )
+
+
+def wardrobe(natural: LatentSet) -> dict[str, Tensor]:
+    """What the animals of each class wear: class → coats and mean tones, (N, COATS + 3).
+
+    Args:
+        natural: the natural training pictures; up to 300 of each class are taken, and
+            all of them for a class that has none.
+    """
+    rows = torch.cat(
+        [
+            natural.views[:, structure.MAPS : -3, 0, 0].float(),
+            natural.views[:, -3:].float().mean((2, 3)),
+        ],
+        1,
+    )
+    out = {}
+    for cls in CLASSES:
+        own = rows[natural.labels == LABELS.index(label_of(cls, "natural"))][:300]
+        out[cls] = own if len(own) else rows
+    return out

@@ -2,7 +2,9 @@
 
 The poster's loss is E‖ẑ_θ(z_t, t, c) − z‖² on latents z = E(x) of both domains, with the class c
 telling Tom from cat and Jerry from mouse. Classes, captions and views are dropped at random, so
-that one model draws with any of them and can be guided by each.
+that one model draws with any of them and can be guided by each. A copy is finished
+(:mod:`finishing`) and draws this stage's samples, in two steps: :mod:`staging` draws what there is
+to be seen, the model paints it. The unfinished one is what stage 05 trains on.
 """
 
 from __future__ import annotations
@@ -15,9 +17,17 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import load_file
 from torch import Tensor
 
-from tomjerry_utils import UserError, adapters, blip, collect, processes, structure
+from tomjerry_utils import (
+    UserError,
+    adapters,
+    blip,
+    collect,
+    processes,
+    structure,
+)
 from tomjerry_utils.autoencoder import (
     TEXTURE_WEIGHT,
     autoencoder_loss,
@@ -40,6 +50,7 @@ from tomjerry_utils.denoiser import (
 )
 from tomjerry_utils.images import save_image, to_uint8
 from tomjerry_utils.latents import TEXT_LENGTH, LatentSet, join, latent_set
+from tomjerry_utils.painting import POSED, finish, painter
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import (
     Stage,
@@ -80,7 +91,14 @@ TONES = "tones.json"  # domain → [mean, deviation] that standardise its views'
 
 @dataclass(eq=False)
 class LdmRun:
-    """What stage 04 leaves: autoencoder, denoiser, both domains as latents, samples per class."""
+    """What stage 04 leaves.
+
+    Attributes:
+        vae, unet, conditioner: as training leaves them; :func:`painter` has the finished ones.
+        cartoon, natural: both domains as latents.
+        samples: label → (n, S, S, 3) uint8, staged and painted; free: told the class alone.
+        posed: (N, VIEW_CHANNELS, h, w) float16, the natural views with the posture nets' bodies.
+    """
 
     folder: Path
     vae: AutoencoderKL
@@ -92,6 +110,8 @@ class LdmRun:
     autoencoder_history: list[dict[str, Any]]
     history: list[dict[str, Any]]
     samples: dict[str, np.ndarray]
+    free: dict[str, np.ndarray]
+    posed: Tensor
     key: str
 
 
@@ -108,11 +128,13 @@ def ensure(profile: Profile) -> LdmRun:
         "captions": hash_file(described.folder / "all_captions.jsonl"),
         "manifest": hash_file(pictures.folder / "manifest.jsonl"),
         "structure": fingerprint(profile.transfer.structure),
+        "posture": fingerprint(profile.transfer.posture),
+        "perceptual": fingerprint(str(foundation_root() / "perceptual")),
         "autoencoder": fingerprint(profile.ldm.autoencoder, profile.ldm.autoencoder_subfolder),
         "denoiser": fingerprint(profile.ldm.denoiser, profile.ldm.denoiser_subfolder),
     }
     with processes.main_first(profile.device):
-        stage = open_stage(profile, STAGE, _settings(profile), inputs, version=2)
+        stage = open_stage(profile, STAGE, _settings(profile), inputs, version=3)
     if not stage.finished:
         with processes.held(stage, profile.device):
             if not stage.finished:
@@ -139,10 +161,10 @@ def load(folder: Path, profile: Profile) -> LdmRun:
     device = pick_device(profile.device)
     vae = load_autoencoder(folder / "autoencoder").to(device)
     unet, conditioner = load_denoiser(folder / "denoiser")
-    samples = {}
-    for label in LABELS:
-        with np.load(folder / "samples.npz") as stored:
-            samples[label] = stored[label]
+    kinds = {}
+    for name in ("samples", "free"):
+        with np.load(folder / f"{name}.npz") as stored:
+            kinds[name] = {label: stored[label] for label in LABELS}
     return LdmRun(
         folder=folder,
         vae=vae,
@@ -155,19 +177,25 @@ def load(folder: Path, profile: Profile) -> LdmRun:
         if (folder / "autoencoder_training" / "history.jsonl").is_file()
         else [],
         history=read_jsonl(folder / "denoiser_training" / "history.jsonl"),
-        samples=samples,
+        **kinds,
+        posed=load_file(folder / POSED)["views"],
         key=read_json(folder / "provenance.json")["key"],
     )
 
 
 def _settings(profile: Profile) -> dict[str, Any]:
-    return {**profile.ldm.named(), "precision": profile.precision}
+    return {
+        **profile.ldm.named(),
+        "finishing": profile.finishing.model_dump(),
+        "view_guidance_scale": profile.transfer.guidance_scale,
+        "precision": profile.precision,
+    }
 
 
 def _make(
     stage: Stage, profile: Profile, pictures: collect.Collection, described: blip.BlipRun
 ) -> None:
-    """Autoencoder, then latents, then denoiser, then samples; finished parts are not redone."""
+    """Autoencoder, latents, denoiser, its finishing, samples; finished parts are not redone."""
     folder, device, options = stage.folder, pick_device(profile.device), profile.ldm
     train_rows = {
         domain: pictures.select(
@@ -237,16 +265,22 @@ def _make(
     )
     apply_ema({"unet": unet, "conditioner": conditioner}, result)
     adapters.finish(unet)
+    if processes.is_main():
+        with atomic_dir(folder / "denoiser") as target:
+            save_denoiser(unet, conditioner, target)
+            scheduler.save_pretrained(target / "scheduler")
+    finish(folder, unet, conditioner, vae, scheduler, profile)
     if not processes.is_main():
         return
-    with atomic_dir(folder / "denoiser") as target:
-        save_denoiser(unet, conditioner, target)
-        scheduler.save_pretrained(target / "scheduler")
-    samples = sample_classes(unet, conditioner, vae, both, scheduler, profile)
-    with atomic_path(folder / "samples.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, **samples)  # type: ignore[arg-type]
-    for label, drawn in samples.items():
-        save_image(folder / "samples" / f"{label}.png", np.concatenate(list(drawn), 1))
+    kinds = {
+        "samples": painter(folder, profile).draw_all(options.samples_per_class),
+        "free": sample_classes(unet, conditioner, vae, both, scheduler, profile),
+    }
+    for name, samples in kinds.items():
+        with atomic_path(folder / f"{name}.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, **samples)  # type: ignore[arg-type]
+        for label, drawn in samples.items():
+            save_image(folder / name / f"{label}.png", np.concatenate(list(drawn), 1))
     stage.finish(loss=result.history[-1]["loss"], denoiser_seconds=result.seconds)
 
 

@@ -170,7 +170,7 @@ class Alignment:
         of = takes_pose_of(classes, seen)
         points = _taken(points, of)
         left = faces_left(points, classes)
-        folded = _mirrored(points, left)
+        folded = mirrored(points, left)
         crossed = (of != takes_pose_of(classes, classes)).any(1).tolist()
         asked = torch.tensor([CLASSES.index(name) for name in classes])
         own = torch.tensor(
@@ -185,7 +185,7 @@ class Alignment:
         to_mean, to_std = self.natural[asked, columns].to(points).unbind(-1)
         # A coordinate that hardly varies in drawings says nothing: its gain stays near 1.
         gain = (to_std + 0.01) / (std + 0.01)
-        return _mirrored((folded - mean) * gain + to_mean, left)
+        return mirrored((folded - mean) * gain + to_mean, left)
 
 
 def takes_pose_of(classes: Sequence[str], seen: Sequence[str]) -> Tensor:
@@ -209,7 +209,7 @@ def statistics(points: Tensor, classes: Sequence[str], actions: Sequence[str | N
         points: (N, 2, POINTS, 2) from `find`; classes: N of tom, jerry, both; actions: N names, or
             None where a caption names none.
     """
-    folded = _mirrored(points, faces_left(points, classes))
+    folded = mirrored(points, faces_left(points, classes))
     everywhere = torch.stack([folded.mean(0), folded.std(0)], -1)
     out = []
     for name in CLASSES:
@@ -238,7 +238,8 @@ def faces_left(points: Tensor, classes: Sequence[str]) -> Tensor:
     return torch.where(cat, ahead[:, 0], ahead[:, 1]) < 0
 
 
-def _mirrored(points: Tensor, which: Tensor) -> Tensor:
+def mirrored(points: Tensor, which: Tensor) -> Tensor:
+    """Keypoints (B, 2, POINTS, 2), those of the pictures in `which` (B,) bool seen in a mirror."""
     x = torch.where(which[:, None, None], 1 - points[..., 0], points[..., 0])
     return torch.stack([x, points[..., 1]], -1)
 

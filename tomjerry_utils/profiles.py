@@ -134,12 +134,17 @@ class TransferSettings(_Settings):
     sample_steps: int = Positive
     guidance_scale: float = NotNegative
     blip_guidance: float = NotNegative
-    finishing_pictures: int = Positive
-    finishing_steps: int = NotNegative
-    finishing_batch_size: int = Positive
-    finishing_accumulation: int = Positive
-    finishing_learning_rate: float = Positive
     ablation_steps: int = Positive
+
+
+class FinishingSettings(_Settings):
+    """Stages 04 and 05, after their trainings: see `finishing`."""
+
+    pictures: int = Positive
+    steps: int = NotNegative
+    batch_size: int = Positive
+    accumulation: int = Positive
+    learning_rate: float = Positive
 
 
 class CompareSettings(_Settings):
@@ -176,6 +181,7 @@ class Profile(_Settings):
     blip: BlipSettings
     ldm: LdmSettings
     transfer: TransferSettings
+    finishing: FinishingSettings
     compare: CompareSettings
     rivals: RivalSettings
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.spatial.distance import cdist
 from torch import Tensor
 
 from tomjerry_utils import features, scenes
@@ -33,7 +34,17 @@ from tomjerry_utils.measures import (
     structure_distance,
 )
 from tomjerry_utils.progress import progress
-from tomjerry_utils.twins import BATCH, REFERENCES, SIZE, Truth, look, reference, twins_of
+from tomjerry_utils.twins import (
+    BATCH,
+    REFERENCES,
+    SIZE,
+    Truth,
+    look,
+    other_scenes,
+    reference,
+    twins_of,
+    with_noise,
+)
 
 if TYPE_CHECKING:
     from tomjerry_utils.translator import Translator
@@ -151,6 +162,65 @@ def class_swap(
         "ci95": bootstrap_ci(drawn, samples=bootstrap),
         "n": len(drawn),
     }
+
+
+def class_samples(
+    samples: Mapping[str, np.ndarray],
+    training: np.ndarray,
+    *,
+    judges: judging.Judges,
+    references: int = REFERENCES,
+    bootstrap: int = BOOTSTRAP,
+) -> dict[str, Any]:
+    """Samples of stage 04 judged: the class asked for, KID, and whether they are copies.
+
+    Args:
+        samples: label of `scenes.LABELS` → (n, S, S, 3) uint8, as many of each.
+        training: (N, S, S, 3) uint8, natural training pictures.
+
+    Returns:
+        class_accuracy of the natural labels and cartoon_share of the others, each with value, ci95
+        and n; kid of the natural ones; by_label, the share of each that is judged as asked; and
+        novelty: the median distance of a sample's features to the nearest training picture's, as a
+        share of what it is for held-out natural scenes. A copy has 0, a new scene about 1.
+    """
+    names = dict(zip(scenes.LABELS[len(scenes.CLASSES) :], scenes.CLASSES, strict=True))
+    right, by_label = {}, {}
+    for label, images in samples.items():
+        seen = judges.classify(images).argmax(1)
+        right[label] = (seen == judging.ANSWERS.index(names.get(label, "cartoon"))).astype(float)
+        by_label[label] = float(right[label].mean())
+
+    def share(labels: Sequence[str]) -> dict[str, Any]:
+        values = np.concatenate([right[label] for label in labels])
+        interval = bootstrap_ci(values, samples=bootstrap)
+        return {"value": float(values.mean()), "ci95": interval, "n": len(values)}
+
+    natural = [label for label in samples if label in names]
+    vectors = _vectors(np.concatenate([samples[label] for label in natural]))
+    real, known = reference(references)[0], _vectors(training)
+    held = _vectors(with_noise(other_scenes().images, 2))
+    away = [float(np.median(cdist(some, known).min(1))) for some in (vectors, held)]
+    return {
+        "class_accuracy": share(natural),
+        "cartoon_share": share([label for label in samples if label not in names]),
+        "by_label": by_label,
+        "kid": {
+            "value": kid(vectors, real),
+            "ci95": kid_interval(vectors, real, samples=bootstrap),
+            "n": len(vectors),
+            "references": len(real),
+            "features": features.NAME,
+        },
+        "novelty": {"value": away[0] / away[1], "n": len(vectors), "training": len(known)},
+    }
+
+
+def _vectors(images: np.ndarray) -> np.ndarray:
+    """(N, 1280) features of pictures of any size."""
+    if images.shape[1:3] != (SIZE, SIZE):
+        images = np.stack([resize(image, SIZE) for image in images])
+    return np.concatenate([look(images[i : i + BATCH])[1] for i in range(0, len(images), BATCH)])
 
 
 def measure(

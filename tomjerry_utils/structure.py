@@ -210,7 +210,7 @@ def wear(views: Tensor, wardrobes: list[Tensor], seeds: list[int]) -> Tensor:
     Args:
         views: (B, VIEW_CHANNELS, h, w), standardised.
         wardrobes: for each view, (N, COATS + 3): coats and mean tones of pictures of its class,
-            standardised; see `translator.wardrobe`.
+            standardised; see `latents.wardrobe`.
         seeds: for each view, the number that draws one of the nearest in tone.
     """
     views = views.clone()

@@ -20,10 +20,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tomjerry_utils import adapters, blip, collect, finishing, ldm, posture, structure
-from tomjerry_utils.autoencoder import decode, encode_all
+from tomjerry_utils import adapters, blip, collect, finishing, ldm, painting, posture, structure
+from tomjerry_utils.autoencoder import decode
 from tomjerry_utils.denoiser import (
-    NO_CLASS,
     Batch,
     Conditioner,
     denoising_loss,
@@ -32,7 +31,7 @@ from tomjerry_utils.denoiser import (
     widen,
     with_attention,
 )
-from tomjerry_utils.images import measure_grain, to_uint8
+from tomjerry_utils.latents import wardrobe
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import (
     Stage,
@@ -44,14 +43,12 @@ from tomjerry_utils.runs import (
     read_jsonl,
     write_json,
 )
-from tomjerry_utils.scenes import CLASSES
 from tomjerry_utils.training import TrainResult, apply_ema, pick_device, train
 from tomjerry_utils.translator import (
     WARDROBE,
     Conditions,
     Translator,
     load_translator,
-    wardrobe,
 )
 
 STAGE = "05_transfer"
@@ -84,13 +81,17 @@ class TransferRun:
 def ensure(profile: Profile) -> TransferRun:
     """Stage 05 at this profile: read it if it is finished, else make it, upstream included."""
     before = ldm.ensure(profile)
-    settings = {**profile.transfer.named(), "precision": profile.precision}
+    settings = {
+        **profile.transfer.named(),
+        "finishing": profile.finishing.model_dump(),
+        "precision": profile.precision,
+    }
     stage = open_stage(
         profile,
         STAGE,
         settings,
         {"ldm": before.key, "posture": ldm.fingerprint(profile.transfer.posture)},
-        version=6,
+        version=7,
     )
     if not stage.finished:
         with stage.lock():
@@ -142,8 +143,9 @@ def _write_translator(
     """Everything that `translate` needs, in one folder that stands alone."""
     with atomic_dir(folder / TRAINED) as target:  # what the training alone makes, to compare with
         save_denoiser(unet, conditioner, target)
-    photographs = _photographs(profile)
-    unet, vae = _finish(unet, conditioner, before, profile, photographs, folder)
+    photographs = painting.photographs(profile)
+    grain = finishing.lost_grain(photographs, before.vae)
+    unet, vae = _finish(unet, conditioner, before, profile, grain, folder)
     with atomic_dir(folder / "denoiser") as target:
         save_denoiser(unet, conditioner, target)
         before.scheduler.save_pretrained(target / "scheduler")
@@ -166,14 +168,14 @@ def _write_translator(
             "profile": profile.name,
             "size": profile.image_size,
             "sample_steps": options.sample_steps,
-            "finished": options.sample_steps if options.finishing_steps else None,
+            "finished": options.sample_steps if profile.finishing.steps else None,
             "guidance_scale": options.guidance_scale,
             "blip_guidance": options.blip_guidance,
             "blip_variant": options.blip_variant,
             "prediction_type": profile.ldm.prediction_type,
             "reference": _reference(before, profile),
             "colour": _colour(photographs),
-            "grain": _grain(photographs, vae),
+            "grain": finishing.lost_grain(photographs, vae),
         },
     )
 
@@ -183,42 +185,37 @@ def _finish(
     conditioner: Conditioner,
     before: ldm.LdmRun,
     profile: Profile,
-    photographs: np.ndarray,
+    grain: float,
     folder: Path,
 ) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     """The translator's denoiser and stage 04's decoder, finished on what they draw."""
-    data = before.natural
-    if not profile.transfer.finishing_steps:
+    data, options = before.natural, profile.transfer
+    if not profile.finishing.steps:
         return unet, before.vae
-    views = posed_views(data, profile)
-
-    def conditions(index: Tensor, posed: Tensor) -> Batch:
-        # As in training: half of the views show the posture nets' bodies.
-        batch = data.batch(index)
-        batch.view = torch.where(posed[:, None, None, None], views[index].float(), batch.view)
-        return batch
-
+    conditions = painting.with_posed(data, before.posed)
+    parts = (unet, conditioner, before.vae, before.scheduler, conditions)
+    how: dict[str, Any] = {
+        "steps": options.sample_steps,
+        "guidance_scale": options.guidance_scale,
+    }
     drawn = finishing.draw(
-        unet,
-        conditioner,
-        before.vae,
-        before.scheduler,
-        conditions,
+        *parts,
         profile,
+        **how,
         among=len(data),
         path=folder / "drawn.safetensors",
+        describe="05 drawing",
     )
     return finishing.finish(
-        unet,
-        conditioner,
-        before.vae,
-        before.scheduler,
-        conditions,
-        _pictures_of(data, profile)[drawn["index"]],
+        *parts,
+        torch.from_numpy(painting.pictures_of(data, profile))[drawn["index"]],
         drawn,
         profile,
-        grain=_grain(photographs, before.vae),
+        **how,
+        lora_rank=options.lora_rank,
+        grain=grain,
         folder=folder / "finishing",
+        describe="05 finishing",
     )
 
 
@@ -269,7 +266,7 @@ def train_row(
         module.requires_grad_(False)
     data = before.natural
     larger = structure.head_ratio(before.cartoon.views, before.natural.views)
-    posed = posed_views(data, profile) if use_posture else None
+    posed = before.posed if use_posture else None
 
     def batches(step: int, generator: torch.Generator) -> Batch:
         index = torch.randint(len(data), (options.batch_size,), generator=generator)
@@ -362,55 +359,21 @@ def regularised_loss(
     return value, numbers
 
 
-def posed_views(data: ldm.LatentSet, profile: Profile) -> Tensor:
-    """Views of natural training pictures, each with the posture nets' body in its own pose.
-
-    Returns:
-        (N, VIEW_CHANNELS, h, w) float16. A picture without a class keeps its own shapes.
-    """
-    images = _pictures_of(data, profile)
-    net = structure.load_structure(model_source(profile.transfer.structure))
-    nets = posture.load_posture(model_source(profile.transfer.posture))
-    known = [i for i, name in enumerate(_classes_of(data)) if name is not None]
-    names = [name for name in _classes_of(data) if name is not None]
-    grid = (data.views.shape[-2], data.views.shape[-1])
-    views = data.views.clone()
-    for start in range(0, len(known), 256):
-        some, named = known[start : start + 256], names[start : start + 256]
-        _, maps = structure.look(net, images[some], grid)
-        shaped = structure.reshape(views[some].float(), nets.pose(images[some], maps, named))
-        views[some] = shaped.to(views.dtype)
-    return views
-
-
 def fit_posture(before: ldm.LdmRun, profile: Profile) -> posture.Posture:
     """The posture nets, aligned between the keypoints they find in each domain's training set."""
     nets = posture.load_posture(model_source(profile.transfer.posture))
     found = {}
     for domain, data in (("drawn", before.cartoon), ("natural", before.natural)):
-        names = _classes_of(data)
+        names = data.classes()
         known = [i for i, name in enumerate(names) if name is not None]
         written = [data.texts[int(data.row[i])] for i in known]
         found[domain] = posture.statistics(
-            nets.find(_pictures_of(data, profile)[known]),
+            nets.find(torch.from_numpy(painting.pictures_of(data, profile))[known]),
             [str(names[i]) for i in known],
             [blip.caption_slots(text)["action"] for text in written],
         )
     nets.alignment = posture.Alignment(**found)
     return nets
-
-
-def _pictures_of(data: ldm.LatentSet, profile: Profile) -> Tensor:
-    pictures = collect.ensure(profile)
-    by_name = {row["file_name"]: row for row in pictures.rows}
-    return torch.from_numpy(
-        pictures.images([by_name[name] for name in data.files], profile.image_size)
-    )
-
-
-def _classes_of(data: ldm.LatentSet) -> list[str | None]:
-    """tom, jerry or both of each picture, of either domain; None where it has no class."""
-    return [None if n == NO_CLASS else CLASSES[int(n) % len(CLASSES)] for n in data.labels.tolist()]
 
 
 def ablate(
@@ -551,27 +514,8 @@ def _reference(before: ldm.LdmRun, profile: Profile) -> dict[str, Any]:
     }
 
 
-def _photographs(profile: Profile) -> np.ndarray:
-    """About a thousand natural training pictures: what a photograph looks like."""
-    pictures = collect.ensure(profile)
-    only = "scenes" if "scenes" in profile.collect.sources else None
-    rows = pictures.select(domain="natural", split="train", source=only)
-    some = rows[:: max(1, len(rows) // 1000)]
-    return pictures.images(some, profile.image_size)
-
-
 def _colour(photographs: np.ndarray) -> dict[str, Any]:
     """The photographs' colours, for the rival that only changes those."""
     from tomjerry_utils import baselines
 
     return baselines.measure_colour(photographs)
-
-
-def _grain(photographs: np.ndarray, vae: Any) -> float:
-    """The grain of photographs that their latents do not hold, so that no denoiser can draw it."""
-    some = photographs[:200]
-    with torch.no_grad():
-        latents = encode_all(vae, torch.from_numpy(some)).split(8)
-        back = np.concatenate([to_uint8(decode(vae, part.to(vae.device))) for part in latents])
-    lost = measure_grain(some) ** 2 - measure_grain(back) ** 2
-    return round(max(lost, 0.0) ** 0.5, 5)

@@ -23,7 +23,7 @@ from tomjerry_utils.images import add_grain, to_uint8
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import foundation_root, log, read_json, write_json
 from tomjerry_utils.sampling import sample
-from tomjerry_utils.scenes import CLASSES, LABELS, label_of
+from tomjerry_utils.scenes import CLASSES, LABELS
 from tomjerry_utils.training import pick_device
 
 WARDROBE = "wardrobe.safetensors"
@@ -286,27 +286,6 @@ def noise_for(shape: Sequence[int], seed: int, numbers: Sequence[int]) -> Tensor
 
 def _number(seed: int, number: int) -> int:
     return 1_000_003 * (seed + 1) + int(number)
-
-
-def wardrobe(natural: ldm.LatentSet) -> dict[str, Tensor]:
-    """What the animals of each class wear: class → coats and mean tones, (N, COATS + 3).
-
-    Args:
-        natural: the natural training pictures; up to 300 of each class are taken, and
-            all of them for a class that has none.
-    """
-    rows = torch.cat(
-        [
-            natural.views[:, structure.MAPS : -3, 0, 0].float(),
-            natural.views[:, -3:].float().mean((2, 3)),
-        ],
-        1,
-    )
-    out = {}
-    for cls in CLASSES:
-        own = rows[natural.labels == LABELS.index(label_of(cls, "natural"))][:300]
-        out[cls] = own if len(own) else rows
-    return out
 
 
 def with_subject(caption: str, cls: str) -> str:

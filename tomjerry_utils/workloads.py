@@ -101,7 +101,7 @@ def trainings(profile: Profile) -> list[Training]:
     Raises:
         UserError: a model of which neither the folder nor the sizes are known here.
     """
-    blip, ldm, transfer_ = profile.blip, profile.ldm, profile.transfer
+    blip, ldm, transfer_, last = profile.blip, profile.ldm, profile.transfer, profile.finishing
     found = [
         Training(
             "03 BLIP",
@@ -152,14 +152,15 @@ def trainings(profile: Profile) -> list[Training]:
             checkpointing=ldm.gradient_checkpointing,
         ),
         Training(
-            "05 finishing",
-            "transfer.finishing_batch_size",
-            "transfer.finishing_accumulation",
-            transfer_.finishing_batch_size,
-            transfer_.finishing_accumulation,
-            transfer_.finishing_steps,
+            # Of stage 05; that of 04 has no attention to the source and needs a little less.
+            "finishing",
+            "finishing.batch_size",
+            "finishing.accumulation",
+            last.batch_size,
+            last.accumulation,
+            2 * last.steps,
             lambda variant: _finishing_work(profile, variant),
-            second=finishing.own_in_batch(transfer_.finishing_batch_size),
+            second=finishing.own_in_batch(last.batch_size),
             lora_rank=transfer_.lora_rank,
             checkpointing=ldm.gradient_checkpointing,
         ),
