@@ -58,6 +58,7 @@ def run(
         patch.setattr(compare.transfer, "ensure", lambda profile: upstream)
         patch.setattr(compare.ldm, "ensure", lambda profile: translator)
         patch.setattr(compare, "load_judges", lambda: judges)
+        patch.setattr(compare, "_class_samples", lambda *_: {"staged": "of stage 04"})
         patch.setitem(compare.score_all.__kwdefaults__, "references", REFERENCES)
         profile = small_profile(test_scenes=SCENES, batch_size=20)
         made = compare.ensure(profile)

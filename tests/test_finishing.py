@@ -20,8 +20,8 @@ from tomjerry_utils.sampling import LAST_STEPS, denoise, sample, timetable
 from tomjerry_utils.scenes import LABELS
 
 SMOKE = load_profile("smoke")
-PICTURES, STEPS, DRAWING = 12, 12, 4
-OPTIONS = {"pictures": 9, "steps": STEPS, "batch_size": 4, "learning_rate": 1e-3}
+PICTURES, STEPS, DRAWING = 12, 20, 4
+OPTIONS = {"pictures": 9, "steps": STEPS, "batch_size": 4, "learning_rate": 4e-4}
 PROFILE = SMOKE.model_copy(update={"finishing": SMOKE.finishing.model_copy(update=OPTIONS)})
 HOW: dict[str, Any] = {"steps": DRAWING, "guidance_scale": 1.0, "describe": "a test"}
 
@@ -168,7 +168,9 @@ def test_texture_comes_back_and_nothing_but_last_steps_and_decoder_changes(
         was = (decode(world.vae, drawn["own"]) - real).abs().mean()
     assert gaps[2] < 0.95 * gaps[0]
     assert gaps[2] < gaps[1]  # the last steps have learnt their share
-    assert tones.abs().mean() < 0.06
+    # Colours stay: the drift is small beside what sets the pictures apart.
+    apart = (drawn["colours"] - drawn["colours"].roll(1, 0)).abs().mean()
+    assert tones.abs().mean() < 0.3 * apart
     assert kept < 1.3 * was  # photographs' own latents still come back as they were
 
     again = finish()

@@ -242,6 +242,31 @@ def test_a_swapped_class_counts_where_the_judge_sees_what_was_asked_for() -> Non
         scoring.class_swap(Painter(True), cartoons[:1], ["both"], **options)  # type: ignore[arg-type]
 
 
+def test_samples_are_judged_by_their_label_and_copies_are_noticed() -> None:
+    classes = [scenes.describe(number).cls for number in range(FIRST, FIRST + COUNT)]
+    pictures = {style: drawn(style) for style in scenes.STYLES}
+    samples = {
+        scenes.label_of(cls, style): images[[name == cls for name in classes]]
+        for style, images in pictures.items()
+        for cls in scenes.CLASSES
+    }
+    options: dict[str, Any] = {"judges": load_judges(), "references": 60, "bootstrap": 100}
+    other = with_noise(twins_of(tuple(range(FIRST + COUNT, FIRST + 2 * COUNT))).images, 0)
+    found = scoring.class_samples(samples, other, **options)
+    assert found["class_accuracy"]["value"] > 0.95 and found["cartoon_share"]["value"] > 0.95
+    assert found["class_accuracy"]["n"] == found["kid"]["n"] == COUNT
+    assert found["by_label"].keys() == samples.keys()
+    assert 0.8 < found["novelty"]["value"] < 1.2  # they are new scenes
+    copied = scoring.class_samples(samples, pictures["natural"], **options)
+    assert copied["novelty"]["value"] < 0.05
+    # A cartoon is no cat, and far from photographs.
+    wrong = {**samples, "cat": samples["tom"], "mouse": samples["jerry"]}
+    wrong["cat_mouse"] = samples["tom_jerry"]
+    unlike = scoring.class_samples(wrong, other, **options)
+    assert unlike["class_accuracy"]["value"] < 0.05
+    assert unlike["kid"]["value"] > found["kid"]["value"] + 0.5
+
+
 # ---- scoring -----------------------------------------------------------------------------------
 
 

@@ -67,10 +67,12 @@ def test_stage_05_trains_no_frozen_part() -> None:
 def test_trainings_are_the_profiles() -> None:
     paper = {t.name: t for t in trainings(load_profile("paper"))}
     assert list(paper) == [
-        "03 BLIP", "04 decoder", "04 denoiser", "05 translator", "finishing",
+        "03 BLIP", "04 decoder", "04 denoiser", "05 translator", "04, 05 finishing",
     ]  # fmt: skip
     assert paper["04 denoiser"].batch == load_profile("paper").ldm.batch_size
-    assert paper["finishing"].second == finishing.own_in_batch(paper["finishing"].batch)
+    assert paper["04, 05 finishing"].second == finishing.own_in_batch(
+        paper["04, 05 finishing"].batch
+    )
     # What a profile leaves out is not planned.
     assert "04 decoder" not in {t.name for t in trainings(load_profile("colab"))}
 

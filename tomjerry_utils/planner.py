@@ -250,7 +250,7 @@ class Planner:
                 self.smaller[size] = Planner(self.profile.model_copy(update={"image_size": size}))
             if self.smaller[size].would_fit(plan.training, plan.card):
                 ways.append(f"image_size: {size}")
-        if plan.training.name in ("04 decoder", "finishing"):
+        if plan.training.name in ("04 decoder", "04, 05 finishing"):
             key = plan.training.batch_key.replace("batch_size", "steps")
             ways.append(f"{key}: 0, which leaves it out")
         return " or ".join(ways) or "no card known here"

@@ -153,7 +153,7 @@ def trainings(profile: Profile) -> list[Training]:
         ),
         Training(
             # Of stage 05; that of 04 has no attention to the source and needs a little less.
-            "finishing",
+            "04, 05 finishing",
             "finishing.batch_size",
             "finishing.accumulation",
             last.batch_size,

@@ -356,7 +356,7 @@ for name, value in listening.items():
 # %%
 figure = figures.contact_sheet(
     np.concatenate(
-        [run.samples[scenes.label_of(c, style)] for c in scenes.CLASSES for style in scenes.STYLES]
+        [run.free[scenes.label_of(c, style)] for c in scenes.CLASSES for style in scenes.STYLES]
     ),
     columns=2 * options.samples_per_class,
     row_titles=["Tom | cat", "Jerry | mouse", "both | both"],
@@ -364,7 +364,7 @@ figure = figures.contact_sheet(
 )
 saved = figures.save_figure(
     figure,
-    "class_samples",
+    "free_samples",
     alt="Free samples of the diffusion model, a few for each of the six labels: on the left "
     "cartoon Tom, Jerry and both, on the right natural cat, mouse and both.",
     run=settings,
@@ -374,8 +374,46 @@ saved = figures.save_figure(
 # %% [markdown]
 # Be honest about these. Cartoon or natural, what kind of place, which colours: that comes within
 # minutes. An animal with its legs in the right places, out of nothing, takes a hundred times
-# longer, as it took Stable Diffusion. Drawing *what a view shows* is far easier, and translation
-# needs no more than that.
+# longer, as it took Stable Diffusion.
+#
+# ### First what there is to see, then how it looks
+#
+# Drawing *what a view shows* is far easier. So split the task where it is hard:
+#
+# $$p(z \mid c) = \sum_v p(v \mid c)\; p(z \mid v, c)$$
+#
+# The second factor is this denoiser told a view. The first need not be a network at all: views are
+# small and made of parts, so it is the training views themselves, taken apart and put together
+# anew (`staging`). A room is one picture's. A pose is drawn from a **smoothed bootstrap**: another
+# picture's keypoints, pulled towards the mean of their class and action, and given back as much
+# spread at random, as keypoints covary. A small net draws a natural body there, and the coat comes
+# from a third picture. Cartoon bodies are borrowed whole, since that net has only seen animals.
+#
+# A copy of the model has also been *finished*: its last two steps and its decoder were tuned on
+# what it draws, for the texture of photographs. Section 6 of notebook 05 explains how.
+
+# %%
+figure = figures.contact_sheet(
+    np.concatenate(
+        [run.samples[scenes.label_of(c, style)] for c in scenes.CLASSES for style in scenes.STYLES]
+    ),
+    columns=2 * options.samples_per_class,
+    row_titles=["Tom | cat", "Jerry | mouse", "both | both"],
+    title=f"views drawn first; {options.sample_steps} DDIM steps",
+)
+saved = figures.save_figure(
+    figure,
+    "class_samples",
+    alt="Samples drawn in two steps, a few for each of the six labels: on the left cartoon Tom, "
+    "Jerry and both, on the right natural cat, mouse and both, each in a room, with all its limbs.",
+    run=settings,
+    notebook="04_ldm_training",
+)
+
+# %% [markdown]
+# Nobody drew these scenes before: no room had that animal in that pose and coat. How many are
+# judged to be what was asked for, how far they are from photographs, and whether they are copies
+# is measured in notebook 06, by judges that had no part in it.
 #
 # ## 6 · A thousand steps, or eight
 #

@@ -446,6 +446,24 @@ interval = "{:.3f} [{:.3f}, {:.3f}]".format(swap["value"], *swap["ci95"])
 print(f"asked for the other animal, it draws that one: {interval} of {swap['n']} scenes")
 
 # %% [markdown]
+# **And without a source?** The same judges on what the diffusion model of notebook 04 makes up:
+# told the class alone, and in two steps, first a view and then its picture. The last column asks
+# whether they are copies: how far a sample is from the nearest training picture, as a share of how
+# far new scenes are.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+print(f"{'samples':<8} {'class':>6} {'cartoon':>8} {'KID':>7} {'95 %':>16} {'distance':>9}")
+for name, row in results["samples"].items():
+    reach = "[{:.3f}, {:.3f}]".format(*row["kid"]["ci95"])
+    print(
+        f"{name:<8} {row['class_accuracy']['value']:>6.3f} {row['cartoon_share']['value']:>8.3f} "
+        f"{row['kid']['value']:>7.3f} {reach:>16} {row['novelty']['value']:>9.2f}"
+    )
+autoencoder = results["rows"]["autoencoder"]["kid"]["value"]
+print(f"n = {row['kid']['n']}; KID of the autoencoder's reconstructions {autoencoder:.3f}")
+
+# %% [markdown]
 # **Why, picture by picture.** A translation is made in stages, so a failure has a first stage that
 # went wrong. Each reading is held against the scene's truth; then the denoiser is told the twin's
 # own shapes, at last the twin's whole view, coat and light included, from the same noise. What
