@@ -9,6 +9,7 @@ import contextlib
 import email.parser
 import email.policy
 import json
+import socket
 import threading
 import time
 import urllib.parse
@@ -75,9 +76,34 @@ class Server(ThreadingHTTPServer):
         self.ends: list[str] = []
         self.line_faults: list[str] = []
         self.lock = threading.RLock()
+        self.connections = 0
+        self.closed = threading.Condition(self.lock)
 
     def handle_error(self, *_: Any) -> None:
         """A client that was killed is no news."""
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.lock:
+            self.connections += 1
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self.closed:
+                self.connections -= 1
+                self.closed.notify_all()
+
+    def settle(self) -> None:
+        """Wait until all that clients sent which are gone by now has been dealt with."""
+        # Connections are taken up in their order: an answer means that no older one is waiting.
+        with socket.create_connection(self.server_address[:2]) as last:
+            last.sendall(b"GET /v1/settle HTTP/1.1\r\nConnection: close\r\n\r\n")
+            while last.recv(4096):
+                pass
+        with self.closed:
+            assert self.closed.wait_for(lambda: not self.connections, timeout=300)
 
     @property
     def url(self) -> str:
@@ -201,6 +227,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     body: Any
     limits: dict[str, str]
+    counted = False
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers["content-length"]))
@@ -213,6 +240,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append({"path": self.path, "headers": self.headers, **body})
             self.server.together += 1
             self.server.most_together = max(self.server.most_together, self.server.together)
+        self.counted = True
         try:
             if self.refused(body):
                 return
@@ -225,8 +253,13 @@ class Handler(BaseHTTPRequestHandler):
                 with self.server.lock:
                     self.server.served.append(picture_of(body))
         finally:
-            with self.server.lock:
-                self.server.together -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """No longer under way: told before the answer is sent, which may bring the next request."""
+        with self.server.lock:
+            self.server.together -= self.counted
+            self.counted = False
 
     def do_GET(self) -> None:
         self.administer()
@@ -258,6 +291,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {**body, **changes})
 
     def send(self, status: int, body: Any, **headers: str) -> None:
+        self.leave()
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
@@ -410,14 +444,11 @@ def answering(answer: Any, **changes: Any) -> Fault:
     return fault
 
 
-def waiting(seconds: float) -> Fault:
-    """A server that is silent for so long, and then answers."""
-
-    def fault(handler: BaseHTTPRequestHandler) -> bool:
-        time.sleep(seconds)
-        return False
-
-    return fault
+def silent(handler: BaseHTTPRequestHandler) -> bool:
+    """A server that answers too late: when its client has given up, or was killed."""
+    with contextlib.suppress(ConnectionError):
+        handler.connection.recv(1)
+    return False
 
 
 def hang_up(handler: BaseHTTPRequestHandler) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import Captioned, captioned, tiny_blip, tune_blip
+from tiny_models import Captioned, captioned, free_port, tiny_blip, tune_blip
 from torch import Tensor
 
 from tomjerry_utils import UserError, blip, blip_model, blip_scores, blip_training
@@ -592,7 +592,7 @@ def test_two_processes_take_the_steps_of_one_that_accumulates_two(tmp_path: Path
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": free_port(),
     }
     workers = [
         subprocess.Popen(
@@ -610,7 +610,7 @@ def test_two_processes_take_the_steps_of_one_that_accumulates_two(tmp_path: Path
     tune_blip(one, data, tmp_path / "one", **settings, accumulation=2)
     alone = tiny_blip()
     tune_blip(alone, data, tmp_path / "alone", **settings)
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=900) for worker in workers] == [0, 0]
 
     from safetensors.torch import load_file
 
@@ -622,11 +622,3 @@ def test_two_processes_take_the_steps_of_one_that_accumulates_two(tmp_path: Path
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-5)
     # Control: one process with one batch a step goes elsewhere.
     assert max((two[0][k] - v).abs().max() for k, v in weights(alone).items()) > 1e-3
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -21,7 +21,7 @@ from caption_server import (
     hang_up,
     no_json,
     pictures,
-    waiting,
+    silent,
 )
 
 from tomjerry_utils import (
@@ -288,10 +288,12 @@ def test_batch_whose_reply_was_lost_to_a_kill_is_found(server: Server, tmp_path:
         server.create_batch(json.loads(handler.body))
         for _ in range(3):
             server.create_batch(foreign)
-        return waiting(5.0)(handler)
+        silent(handler)
+        return True
 
     server.admin_faults = {"POST /batches": [created_then_silent]}
     killed(process(server, images, out), lambda: len(server.batches) == 4)
+    server.settle()
     (intent,) = lines(out, "batch")
     assert len(intent["requests"]) == 5
     assert not lines(out, "batch_created")
@@ -303,8 +305,9 @@ def test_batch_whose_reply_was_lost_to_a_kill_is_found(server: Server, tmp_path:
 
 def test_kill_before_the_creation_makes_one_batch(server: Server, tmp_path: Path) -> None:
     images, out = pictures(tmp_path / "in", 5), tmp_path / "out"
-    server.admin_faults = {"POST /files": [waiting(1.0)]}
+    server.admin_faults = {"POST /files": [silent]}
     killed(process(server, images, out), lambda: "POST /files" in server.calls)
+    server.settle()
     assert len(lines(out, "batch")) == 1
     assert server.batches == {}
     made = run(server, images, out)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 import types
 import zipfile
 from collections.abc import Sequence
@@ -464,22 +462,26 @@ def test_killed_run_goes_on_to_the_same_manifest(tmp_path: Path) -> None:
     path = film(tmp_path / "film.mp4", [f for s in range(2) for f in slide(s, 24)])
     arguments = {"folders": [str(tmp_path / "in")], "videos": [str(path)], "every_s": 0.1}
     whole = collect.collect_command(tmp_path / "whole", **arguments)
-    # Pictures are made slow, so that the kill falls between them whatever the machine.
+    journal = tmp_path / "killed" / ".journal.jsonl"
+    # It kills itself, so that the kill falls among a batch's pictures whatever the machine.
     call = (
-        "import time; from pathlib import Path; from tomjerry_utils import collect, curate; "
-        "fast = curate._encode; "
-        "curate._encode = lambda *a: (time.sleep(0.005), fast(*a))[1]; "
+        "import os, signal, sys; from pathlib import Path\n"
+        "from tomjerry_utils import collect, curate\n"
+        f"write, journal, left = curate._write, Path({str(journal)!r}), 5\n"
+        "def last(*arguments):\n"
+        "    global left\n"
+        "    left -= journal.read_bytes().count(b'\\n') > int(sys.argv[1])\n"
+        "    if not left:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    write(*arguments)\n"
+        "curate._write = last\n"
         f"collect.collect_command(Path({str(tmp_path / 'killed')!r}), **{arguments!r})"
     )
-    journal = tmp_path / "killed" / ".journal.jsonl"
     for lines in (40, 110):
-        process = subprocess.Popen([sys.executable, "-c", call], stderr=subprocess.DEVNULL)
-        while process.poll() is None:
-            if journal.is_file() and journal.read_bytes().count(b"\n") > lines:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        assert process.wait() == -signal.SIGKILL
+        process = subprocess.run(
+            [sys.executable, "-c", call, str(lines)], stderr=subprocess.DEVNULL
+        )
+        assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "manifest.jsonl").exists()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed" / "images").rglob("[!.]*.png")}
     assert len(before) > 60

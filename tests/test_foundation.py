@@ -91,9 +91,10 @@ def test_every_step_leaves_its_model_its_log_and_its_provenance(workshop: Path) 
         record = read_json(folder / "provenance.json")
         assert record["command"] == f"tomjerry foundation {name}"
         assert record["settings"]["steps"] == 2
-        assert record["seconds"] > 0
         assert "MIT" in record["licence"]
-        assert read_jsonl(folder / "history.jsonl")[-1]["step"] == 2
+        last = read_jsonl(folder / "history.jsonl")[-1]
+        assert last["step"] == 2
+        assert record["seconds"] > last["seconds"] - 0.06  # rounded, and of all its trainings
         assert record["bytes"] == sizes(folder)
         assert not (workshop / "runs" / "foundation" / name).exists()  # no checkpoints left
 

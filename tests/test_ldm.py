@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -270,14 +269,11 @@ def contents(folder: Path) -> set[str]:
 def test_two_processes_make_the_stage_of_one_with_batches_twice_as_large(
     run: ldm.LdmRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     root = Path(__file__).resolve().parent.parent
     launched = subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-         "--main_process_port", port, str(root / "scripts" / "stage.py"), "04",
+         "--main_process_port", tiny.free_port(), str(root / "scripts" / "stage.py"), "04",
          "--profile", SMOKE.name],
         env={**os.environ, "TOMJERRY_RUNS": str(upstream(run, tmp_path / "two")),
              "PYTHONPATH": str(root)},
@@ -291,7 +287,7 @@ def test_two_processes_make_the_stage_of_one_with_batches_twice_as_large(
     for module in (ldm, finishing):
         monkeypatch.setattr(module, "train", averaging_two)
     one = ldm.ensure(SMOKE)
-    _, errors = launched.communicate(timeout=240)
+    _, errors = launched.communicate(timeout=900)
     assert launched.returncode == 0, errors
 
     two = tmp_path / "two" / SMOKE.name / ldm.STAGE

@@ -317,6 +317,10 @@ def nbval(book: Any, path: Path, runs: Path) -> Verdict:
     """Run a notebook again in a run root and compare its marked cells with their outputs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(book, path)
+    # As an option on the command line nbval would take it for text.
+    path.with_name("conftest.py").write_text(
+        "def pytest_configure(config):\n    config.option.nbval_kernel_startup_timeout = 600\n"
+    )
     report = path.with_suffix(".xml")
     environment = {**os.environ, "TOMJERRY_RUNS": str(runs), "TOMJERRY_ROOT": str(project_root())}
     done = subprocess.run(

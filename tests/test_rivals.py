@@ -283,14 +283,14 @@ def test_what_each_was_trained_for_is_told(table: dict[str, Any], world: SimpleN
         assert table["budgets"][budget]["seconds"]["0"] == pytest.approx(allowed, abs=0.06)
         for method in set(methods) & set(gans.KINDS):
             trained = methods[method]["seconds"][0]["trained"]
-            # The step that uses the budget up is the last: of a slow machine, a long one.
-            assert allowed - 0.06 <= trained < allowed + 20
+            assert trained >= allowed - 0.06
             run = rivals.ensure(profile, budget, method)
             facts = gans.load_gan(rival_training.weights_folder(run.folder, "final")).facts
             course = {d: len(rival_training.training_pictures(profile, d)) for d in scenes.STYLES}
             more = 2 * ZOO if budget == "total" else 0
             assert facts["pictures"] == {d: n + more for d, n in course.items()}
             assert facts["budget_seconds"] == pytest.approx(allowed)
+            assert facts["seconds"] == trained
             short = gans.load_gan(rival_training.weights_folder(run.folder, "0")).facts
             share = budgets.TRIAL_SHARE[budget]
             assert short["budget_seconds"] == pytest.approx(share * allowed)

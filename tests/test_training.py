@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import free_port
 from torch import Tensor, nn
 
 from tomjerry_utils import UserError, cli
@@ -161,6 +162,8 @@ def test_killed_run_equals_uninterrupted(
         def loss_fn(batch, step, generator):
             if step == int(sys.argv[1]):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if sys.argv[1] == "-1" and step == 40:
+                time.sleep(600)  # however late the kill comes, it comes before the end
             return inner(batch, step, generator)
         train({{"net": net}}, loss_fn, batches, folder={str(tmp_path / "run")!r},
               checkpoint_every_s=0.0, **{SETTINGS!r})
@@ -234,8 +237,8 @@ def test_sigterm_of_a_scheduler_writes_a_checkpoint_first(tmp_path: Path) -> Non
         inner = loss_of(net)
         def loss_fn(batch, step, generator):
             if step == 20:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(1)  # a step is so short that all could be over before it arrives
+                # To this thread: by way of another one it could arrive when all steps are over.
+                signal.raise_signal(signal.SIGTERM)
             return inner(batch, step, generator)
         train({{"net": net}}, loss_fn, batches, folder={str(tmp_path / "run")!r}, **{SETTINGS!r})
         """)
@@ -511,12 +514,12 @@ def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
     workers = [
         subprocess.Popen(
             [sys.executable, str(script)],
-            env=_env(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=str(port)),
+            env=_env(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=port),
         )
-        for port in [_free_port()]
+        for port in [free_port()]
         for rank in (0, 1)
     ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=900) for worker in workers] == [0, 0]
 
     from safetensors.torch import load_file
 
@@ -670,7 +673,7 @@ def test_two_processes_equal_one_that_accumulates_two(tmp_path: Path) -> None:
         open(f"{tmp_path}/{{rank}}.json", "w").write(json.dumps(facts))
         """)
     )
-    port = str(_free_port())
+    port = free_port()
     workers = [
         subprocess.Popen(
             [sys.executable, str(script)],
@@ -700,7 +703,7 @@ def test_two_processes_equal_one_that_accumulates_two(tmp_path: Path) -> None:
             folder=tmp_path / f"one {accumulation}", ema_decay=0.5, accumulation=accumulation,
             on_log=lambda step, modules: step == 6, **{**LINEAR, "log_every": 3},
         )  # fmt: skip
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=900) for worker in workers] == [0, 0]
 
     from safetensors.torch import load_file
 
@@ -831,24 +834,34 @@ def test_progress_logs_lines_off_terminal(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_overhead_of_a_step_is_small(tmp_path: Path) -> None:
-    """Everything but forward, backward and AdamW itself: under a millisecond a step."""
+    """Everything but forward, backward and AdamW itself, in times of just these.
+
+    Both in this thread's own seconds, in turns, the least of each: a busy machine slows both.
+    """
     net = nn.Linear(4, 1)
     x = torch.ones(2, 4)
-    began = time.perf_counter()
-    train(
-        {"net": net},
-        lambda batch, step, generator: (net(batch).square().mean(), {}),
-        lambda step, generator: x,
-        steps=600, learning_rate=1e-3, folder=tmp_path, seed=0, ema_decay=0.99, threads=1,
-    )  # fmt: skip
-    ours = time.perf_counter() - began
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
-    began = time.perf_counter()
-    for _ in range(600):
-        net(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert (ours - (time.perf_counter() - began)) / 600 < 2e-3  # twice the aim, for a busy machine
+
+    def bare() -> None:
+        for _ in range(200):
+            net(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def whole() -> None:
+        train(
+            {"net": net},
+            lambda batch, step, generator: (net(batch).square().mean(), {}),
+            lambda step, generator: x,
+            steps=200, learning_rate=1e-3, folder=tmp_path, seed=0, ema_decay=0.99, threads=1,
+        )  # fmt: skip
+
+    taken: dict[Any, list[float]] = {bare: [], whole: []}
+    for run_all in (bare, whole) * 4:
+        began = time.thread_time()
+        run_all()
+        taken[run_all].append(time.thread_time() - began)
+    assert min(taken[whole]) < 12 * min(taken[bare])  # under a millisecond a step
 
 
 def _env(**more: str) -> dict[str, str]:
@@ -856,11 +869,3 @@ def _env(**more: str) -> dict[str, str]:
     return {
         **os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", **more
     }  # fmt: skip
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

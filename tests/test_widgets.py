@@ -204,7 +204,7 @@ def test_papermill_stores_no_widget_state(tmp_path: Path) -> None:
     nbformat.write(notebook, tmp_path / "in.ipynb")
     papermill.execute_notebook(
         str(tmp_path / "in.ipynb"), str(tmp_path / "out.ipynb"), cwd=str(tmp_path),
-        progress_bar=False,
+        progress_bar=False, start_timeout=600,
     )  # fmt: skip
     done = json.loads((tmp_path / "out.ipynb").read_text())
     (output,) = done["cells"][-1]["outputs"]
@@ -216,7 +216,9 @@ def test_papermill_stores_no_widget_state(tmp_path: Path) -> None:
 def test_a_front_end_that_takes_input_gets_controls(tmp_path: Path) -> None:
     from jupyter_client.manager import start_new_kernel
 
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path))
+    manager, client = start_new_kernel(
+        kernel_name="python3", cwd=str(tmp_path), startup_timeout=600
+    )
     shown: list[dict[str, Any]] = []
 
     def keep(message: dict[str, Any]) -> None:
@@ -224,7 +226,7 @@ def test_a_front_end_that_takes_input_gets_controls(tmp_path: Path) -> None:
             shown.append(message["content"]["data"])
 
     try:
-        reply = client.execute_interactive(CELL, allow_stdin=True, output_hook=keep, timeout=120)
+        reply = client.execute_interactive(CELL, allow_stdin=True, output_hook=keep, timeout=600)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

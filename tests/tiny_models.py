@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,30 @@ if TYPE_CHECKING:
 
 SIZE = 32
 TEXT_DIM = 64
+
+
+class Clock:
+    """Stands in for a module's `time`: each look at it takes an eighth of a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 0.125
+        return self.now
+
+
+def free_port() -> str:
+    """A port for processes that will meet there in a while.
+
+    From below those that the system gives to whoever asks for any: nobody gets it meanwhile.
+    """
+    choose = random.SystemRandom()  # seeded alike, two workers would choose alike
+    while True:
+        port = choose.randrange(20_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def pictures(style: str, count: int, *, size: int = SIZE, first: int | None = None) -> np.ndarray:

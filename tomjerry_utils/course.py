@@ -137,6 +137,7 @@ def execute(source: Path, output: Path, *, parameters: dict[str, Any]) -> float:
             kernel_name=KERNEL["name"],
             cwd=source.parent.parent,
             progress_bar=False,
+            start_timeout=600,  # a kernel on a busy machine or a slow shared disk
             # The kernel's log lines, so that a long cell is not silent.
             stderr_file=sys.stderr,
             extra_arguments=["--log-level=50"],
