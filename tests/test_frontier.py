@@ -17,6 +17,7 @@ from tomjerry_utils.judges import Judges
 from tomjerry_utils.profiles import load_profile
 
 OURS = [(0.5, 0.30), (0.7, 0.10), (0.9, 0.12)]
+REAL = np.random.default_rng(1).standard_normal((60, 12))
 
 
 # ---- the rule ----------------------------------------------------------------------------------
@@ -60,16 +61,14 @@ def point(method: str, name: str, far: float, away: float, **more: Any) -> front
     """A point of 40 scenes, `far` from the twins, its features shifted by `away`."""
     rng = np.random.default_rng(3)
     noise = rng.normal(0, 0.05, 40)  # the same scenes are hard for all
-    vectors = rng.standard_normal((40, 12)) + away
-    return frontier.Point(method, name, {"n": name}, far + noise, vectors, **more)
+    vectors, real = rng.standard_normal((40, 12)) + away, REAL
+    draws = measures.kid_draws(vectors, real, samples=300)
+    return frontier.Point(
+        method, name, {"n": name}, far + noise, measures.kid(vectors, real), draws, **more
+    )
 
 
-@pytest.fixture(scope="module")
-def real() -> np.ndarray:
-    return np.random.default_rng(1).standard_normal((60, 12))
-
-
-def test_rows_and_verdicts(real: np.ndarray) -> None:
+def test_rows_and_verdicts() -> None:
     points = [
         point("ours", "0", 0.5, 0.5, best=True),
         point("ours", "1", 0.7, 0.2),
@@ -81,7 +80,7 @@ def test_rows_and_verdicts(real: np.ndarray) -> None:
         point("twin", "0", 0.7, 0.2),
         point("behind", "0", 0.9, 0.0, budget="total"),
     ]
-    rows, dominance = frontier.measure(points, real, samples=300)
+    rows, dominance = frontier.measure(points)
     said = {(row["budget"], row["method"]): row for row in dominance}
     assert {key: row["verdict"] for key, row in said.items()} == {
         ("course", "behind"): "dominated",
@@ -96,7 +95,7 @@ def test_rows_and_verdicts(real: np.ndarray) -> None:
         mine = [v for v, r in zip(values, rows, strict=True) if (r["budget"], r["method"]) == key]
         assert row["holds"] == frontier.dominates(values[:2], mine)
     for row, one in zip(rows, points, strict=True):
-        assert row["kid"]["value"] == measures.kid(one.features, real)
+        assert row["kid"]["value"] == one.kid
         for cell in (row["kid"], row["perceptual"]):
             assert cell["ci95"][0] < cell["value"] < cell["ci95"][1]
     near, other = rows[4], rows[5]
@@ -106,18 +105,39 @@ def test_rows_and_verdicts(real: np.ndarray) -> None:
     assert other["difference_ci95"][0] < other["difference"] < other["difference_ci95"][1] < 0
 
 
-def test_pairing_tells_apart_what_intervals_do_not(real: np.ndarray) -> None:
+def test_pairing_tells_apart_what_intervals_do_not() -> None:
     """Both methods' distances overlap widely; on the same scenes ours is nearer in every draw."""
     points = [point("ours", "0", 0.500, 0.3), point("rival", "0", 0.501, 0.5)]
-    rows, dominance = frontier.measure(points, real, samples=300)
+    rows, dominance = frontier.measure(points)
     assert rows[0]["perceptual"]["ci95"][1] > rows[1]["perceptual"]["ci95"][0]
     assert dominance[0]["share"] == 1.0
-    shuffled = frontier.Point("rival", "0", {}, points[1].perceptual[::-1], points[1].features)
-    _, unpaired = frontier.measure([points[0], shuffled], real, samples=300)
+    shuffled = replace(points[1], perceptual=points[1].perceptual[::-1])
+    _, unpaired = frontier.measure([points[0], shuffled])
     assert unpaired[0]["share"] < 0.9
 
 
-def test_mean_draws_take_the_scenes_that_kid_draws_takes(real: np.ndarray) -> None:
+def test_kid_draws_take_the_same_scenes_and_references_whatever_the_features() -> None:
+    """So those of two methods are paired, whenever each was made."""
+    rng = np.random.default_rng(2)
+    one, other = rng.standard_normal((2, 40, 12))
+    fewer = measures._weights(40, 300, (0, 0)), measures._weights(60, 300, (0, 1))
+    for vectors in (one, other):
+        draws = measures.kid_draws(vectors, REAL, samples=300)
+        measures._reference_draws.cache_clear()
+        assert np.array_equal(draws, measures.kid_draws(vectors, REAL, samples=300))
+        for number in (0, 299):  # by hand: every pair of different pictures, as often as drawn
+            scenes_drawn, references = (weights[number] for weights in fewer)
+            a = np.repeat(np.arange(40), scenes_drawn.astype(int))
+            b = np.repeat(np.arange(60), references.astype(int))
+            inside_a, inside_b = (
+                measures._kernel(x, x)[np.not_equal.outer(i, i)].mean()
+                for x, i in ((vectors[a], a), (REAL[b], b))
+            )
+            across = measures._kernel(vectors[a], REAL[b]).mean()
+            assert draws[number] == pytest.approx(inside_a + inside_b - 2 * across)
+
+
+def test_mean_draws_take_the_scenes_that_kid_draws_takes() -> None:
     values = np.arange(5.0)
     draws = measures.mean_draws(values, samples=400)
     assert draws.shape == (400,) and draws.min() >= 0 and draws.max() <= 4

@@ -26,9 +26,11 @@ from tomjerry_utils import (
     contest,
     foundation,
     gans,
+    kept_figures,
     ldm,
     rival_training,
     rivals,
+    runs,
     scenes,
     transfer,
     tuning,
@@ -135,13 +137,16 @@ def world(
             lambda p: SimpleNamespace(translator=translators[p.seed], key=f"made{p.seed}"),
         )
         patch.setattr(contest, "load_judges", lambda: judges)
-        yield SimpleNamespace(variants=variants, translators=translators, stages=made)
+        folder = tmp_path_factory.mktemp("kept")
+        yield SimpleNamespace(
+            variants=variants, translators=translators, stages=made, folder=folder, written=[]
+        )
 
 
 @pytest.fixture(scope="module")
 def table(world: SimpleNamespace) -> dict[str, Any]:
-    """The whole study, budgets of a few steps."""
-    return contest.run(world.variants, references=40)
+    """The whole study, budgets of a few steps, and what it wrote on its way."""
+    return contest.run(world.variants, world.folder, references=40, write=world.written.append)
 
 
 # ---- budgets -----------------------------------------------------------------------------------
@@ -263,17 +268,24 @@ def test_each_method_gets_its_trials_and_the_best_of_them_competes(
     assert table["trials"] == budgets.TRIALS == 6
     assert {b: tuple(t) for b, t in table["methods"].items()} == budgets.METHODS
     for budget, methods in table["methods"].items():
+        assert table["budgets"][budget]["tuned_under"] == "course"
         for method, row in methods.items():
+            if budget == "total":
+                assert row["trials"] == [] and row["seeds"] == [0]
+                assert row["setting"] == table["methods"]["course"][method]["setting"]
+                continue
             wanted = budgets.grid(method, world.variants[0])
             assert [trial["setting"] for trial in row["trials"]] == wanted
             assert len(wanted) == (1 if method == "identity" else budgets.TRIALS)
             scores = [trial["score"] for trial in row["trials"]]
             assert row["setting"] == wanted[int(np.argmax(scores))]
             # The other training seed was given the setting, and tried none.
-            assert row["seeds"] == ([0, 1] if budget == "course" else [0])
-            for variant in world.variants[1:] if budget == "course" else []:
+            assert row["seeds"] == [0, 1]
+            for variant in world.variants[1:]:
                 again = rivals.ensure(variant, budget, method, setting=row["setting"])
                 assert again.trials == [] and again.setting == row["setting"]
+    with pytest.raises(ValueError, match="tried under the budget 'course'"):
+        rivals.ensure(world.variants[0], "total", "cut")
 
 
 def test_what_each_was_trained_for_is_told(table: dict[str, Any], world: SimpleNamespace) -> None:
@@ -284,16 +296,17 @@ def test_what_each_was_trained_for_is_told(table: dict[str, Any], world: SimpleN
         for method in set(methods) & set(gans.KINDS):
             trained = methods[method]["seconds"][0]["trained"]
             assert trained >= allowed - 0.06
-            run = rivals.ensure(profile, budget, method)
+            setting = methods[method]["setting"] if budget == "total" else None
+            run = rivals.ensure(profile, budget, method, setting=setting)
             facts = gans.load_gan(rival_training.weights_folder(run.folder, "final")).facts
             course = {d: len(rival_training.training_pictures(profile, d)) for d in scenes.STYLES}
             more = 2 * ZOO if budget == "total" else 0
             assert facts["pictures"] == {d: n + more for d, n in course.items()}
             assert facts["budget_seconds"] == pytest.approx(allowed)
             assert facts["seconds"] == trained
-            short = gans.load_gan(rival_training.weights_folder(run.folder, "0")).facts
-            share = budgets.TRIAL_SHARE[budget]
-            assert short["budget_seconds"] == pytest.approx(share * allowed)
+            if budget == "course":
+                short = gans.load_gan(rival_training.weights_folder(run.folder, "0")).facts
+                assert short["budget_seconds"] == pytest.approx(budgets.TRIAL_SHARE * allowed)
     told = table["supervision"]
     assert told["cut"]["seconds"]["pretraining"] == 0
     assert told["ours"]["seconds"]["pretraining"] == pytest.approx(
@@ -301,6 +314,41 @@ def test_what_each_was_trained_for_is_told(table: dict[str, Any], world: SimpleN
     )
     assert told["sdedit"]["seconds"]["course"] >= 30  # stage 04, and then some
     assert told["ours"]["seconds"]["course"] == 65 and told["ours"]["seconds"]["captioner"] == 40
+
+
+def test_a_gan_is_looked_at_on_its_way_through_the_total_budget(
+    table: dict[str, Any], world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    profile = world.variants[0]
+    assert not any(row["curve"] for row in table["methods"]["course"].values())
+    for row in table["methods"]["total"].values():
+        seconds = [look["seconds"] for look in row["curve"]]
+        assert len(seconds) == rival_training.LOOKS and seconds == sorted(seconds)
+        assert row["seconds"][0]["trained"] == pytest.approx(seconds[-1], abs=0.06)
+        assert all(set(look) == set(row["curve"][0]) for look in row["curve"])
+        assert {"realism", "faithfulness", "score"} < set(row["curve"][0])
+    # Killed at the third look, it goes on from there, and looking takes nothing off its budget.
+    asked: list[float] = []
+
+    def trains(*_: Any, folder: Path, seconds: float, **__: Any) -> gans.Gan:
+        asked.append(seconds)
+        return gans.Gan(
+            "cut", gans.Generator(2, 1), gans.GanSettings(width=2, blocks=1), {"seconds": seconds}
+        )
+
+    def look(gan: gans.Gan) -> dict[str, float]:
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {"score": gan.facts["seconds"]}
+
+    monkeypatch.setattr(rival_training.gans, "train_gan", trains)
+    arguments = ("cut", profile, tmp_path, "final", "course", {}, 24.0, look)
+    with pytest.raises(KeyboardInterrupt):
+        rival_training.train_gan(*arguments)
+    assert asked == [2.0, 4.0, 6.0]
+    curve = rival_training.train_gan(*arguments).facts["curve"]
+    assert asked[3:] == [2.0 * piece for piece in range(3, 13)]
+    assert curve == [{"seconds": 2.0 * i, "score": 2.0 * i} for i in range(1, 13)]
 
 
 def test_the_zoo_that_gans_see_is_the_foundations(world: SimpleNamespace, table: Any) -> None:
@@ -335,7 +383,8 @@ def test_the_frontier_has_every_rivals_whole_sweep(
         for method in methods:
             mine = [r for r in rows if (r["budget"], r["method"]) == (budget, method)]
             extra = method in gans.KINDS  # short trainings, and the whole one
-            assert len(mine) == len(budgets.grid(method, world.variants[0])) + extra
+            tried = len(budgets.grid(method, world.variants[0])) if budget == "course" else 0
+            assert len(mine) == tried + extra
             assert sum(row["best"] for row in mine) == 1
     ours = [r for r in rows if r["method"] == "ours"]
     for row in (r for r in rows if r["method"] != "ours"):
@@ -357,22 +406,153 @@ def test_the_frontier_has_every_rivals_whole_sweep(
     assert len(set(far)) == budgets.TRIALS  # each share is a picture of its own
 
 
-def test_a_second_study_only_reads(
-    table: dict[str, Any], world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+# ---- its parts ---------------------------------------------------------------------------------
+
+
+def names(variants: int = 2, total: bool = True) -> list[str]:
+    """The parts in the order in which they are made."""
+    course = [f"course/{m}-seed{k}" for k in range(variants) for m in budgets.METHODS["course"]]
+    return course + [f"total/{m}-seed0" for m in gans.KINDS if total]
+
+
+def no_runs(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A machine on which nothing has run, and on which nothing can be made."""
+    patch.setenv("TOMJERRY_RUNS", str(folder))
+    patch.setattr(rivals, "ensure", None)
+    patch.setattr(contest.contest_parts, "translate", None)
+    patch.setattr(contest.contest_parts.scoring, "measure", None)
+    patch.setattr(contest, "load_judges", None)
+
+
+def test_with_all_parts_kept_no_run_is_needed(
+    table: dict[str, Any], world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(rivals, "_make", None)
-    monkeypatch.setattr(contest, "translate", None)
-    monkeypatch.setattr(contest.scoring, "measure", None)
-    assert contest.run(world.variants, references=40) == table
+    no_runs(monkeypatch, tmp_path / "none")
+    assert contest.run(world.variants, world.folder, references=40) == table
+    assert not (tmp_path / "none").exists()
+    assert table["missing"] == [] and table["covers"] == {"course": [0, 1], "total": [0]}
+    kept = [str(p.relative_to(world.folder)) for p in world.folder.rglob("*") if p.is_file()]
+    assert sorted(kept) == sorted(f"{name}{end}" for name in names() for end in (".json", ".npz"))
+
+
+def test_a_part_has_what_does_not_depend_on_the_machine_as_its_facts(
+    table: dict[str, Any], world: SimpleNamespace
+) -> None:
+    stored = read_json(world.folder / "total" / "cut-seed0.json")
+    course = table["methods"]["course"]["cut"]
+    assert stored["facts"]["setting"] == course["setting"]
+    assert read_json(world.folder / "course" / "cut-seed0.json")["facts"]["setting"] is None
+    assert not any("seconds" in name for name in stored["facts"])
+    record = stored["record"]
+    assert record["course_seconds"] == SECONDS
+    assert record["seconds"]["budget"] == table["budgets"]["total"]["seconds"]["0"]
+    with np.load(world.folder / "course" / "sdedit-seed0.npz") as arrays:
+        points = [row["point"] for row in table["frontier"] if row["method"] == "sdedit"]
+        for name in points:
+            assert arrays[f"kid {name}"].shape == (20,)
+            assert arrays[f"perceptual {name}"].shape == (SCENES,)
+        assert not any("features" in name for name in arrays)
+
+
+def test_results_are_written_from_the_first_seed_on_and_say_what_is_missing(
+    table: dict[str, Any], world: SimpleNamespace
+) -> None:
+    order, written = names(), world.written
+    first = len(budgets.METHODS["course"])
+    assert [t["missing"] for t in written] == [order[k:] for k in range(first, len(order) + 1)]
+    assert all(t["covers"] == {"course": [0]} == {"course": t["seeds"]} for t in written[:first])
+    assert written[first]["covers"] == written[-2]["covers"] == {"course": [0, 1]}
+    assert written[-1] == table
+    for one in (written[0], written[-2]):
+        assert list(one["methods"]) == list(one["budgets"]) == ["course"]
+        assert {row["budget"] for row in one["frontier"] + one["dominance"]} == {"course"}
+        assert one["methods"]["course"]["ours"]["seeds"] == one["seeds"]
+        figures = kept_figures.rivals_drawings(one)  # with a budget missing
+        (axes,) = figures["frontier"][0].axes
+        assert len(axes.containers) == first
+
+
+def test_only_what_is_missing_is_made_anew(
+    table: dict[str, Any],
+    world: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A part was lost, and one of a later seed was made with a setting that is not the first's."""
+    folder = tmp_path / "kept"
+    shutil.copytree(world.folder, folder)
+    for end in (".json", ".npz"):
+        (folder / "course" / f"ilvr-seed1{end}").unlink()
+    note = folder / "course" / "colour-seed1.json"
+    stored = read_json(note)
+    stored["facts"]["setting"] = {"strength": 0.123}
+    write_json(note, {**stored, "key": runs.hash_obj(stored["facts"])})
+    make, made = contest.contest_parts.make, []
+
+    def counts(task: Any, *arguments: Any, **options: Any) -> Any:
+        made.append(task.name)
+        if task.name == kill:
+            raise KeyboardInterrupt
+        return make(task, *arguments, **options)
+
+    monkeypatch.setattr(contest.contest_parts, "make", counts)
+    kill, parts = "course/ilvr-seed1", len(names())
+    with pytest.raises(KeyboardInterrupt):
+        contest.run(world.variants, folder, references=40)
+    said = capsys.readouterr().err
+    left = "left: course seed 1: colour, ilvr"
+    assert f"{parts - 2} of {parts} parts kept in {folder}; {left}\n" in said
+    assert f"{parts - 1} of {parts} parts kept in {folder}; left: course seed 1: ilvr\n" in said
+    assert "colour-seed1.json: made with other setting" in said
+    kill = ""
+    found = contest.run(world.variants, folder, references=40)
+    assert made == ["course/colour-seed1", "course/ilvr-seed1", "course/ilvr-seed1"]
+    assert found["methods"] == table["methods"]
+    # Whose setting is found by trials decides about those of the other seeds, and of the total.
+    for end in (".json", ".npz"):
+        (folder / "course" / f"cut-seed0{end}").unlink()
+    no_runs(monkeypatch, tmp_path / "none")
+    monkeypatch.setattr(contest, "load_judges", lambda: None)
+    monkeypatch.setattr(contest.contest_parts, "make", counts)
+    made.clear()
+    kill = "course/cut-seed0"
+    capsys.readouterr()
+    with pytest.raises(KeyboardInterrupt):
+        contest.run(world.variants, folder, references=40)
+    assert "course seed 0: cut; course seed 1: cut; total seed 0: cut\n" in capsys.readouterr().err
+    assert made == [kill]
+
+
+def test_parts_of_other_settings_are_not_read(
+    table: dict[str, Any], world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    no_runs(monkeypatch, tmp_path / "none")
+    monkeypatch.setattr(contest, "load_judges", lambda: None)
+
+    def stops(task: Any, *_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(contest.contest_parts, "make", stops)
+    first = world.variants[0]
+    changed = first.transfer.model_copy(update={"steps": first.transfer.steps + 1})
+    other = first.model_copy(update={"transfer": changed})
+    shutil.copytree(world.folder, tmp_path / "kept")
+    with pytest.raises(KeyboardInterrupt):
+        contest.run([other, world.variants[1]], tmp_path / "kept", references=40)
+    with pytest.raises(KeyboardInterrupt):
+        contest.run(world.variants, tmp_path / "kept", references=41)
+    assert contest.run(world.variants, tmp_path / "kept", references=40) == table
 
 
 def test_without_a_total_the_course_is_compared(
-    table: dict[str, Any], world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    table: dict[str, Any], world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    no_runs(monkeypatch, tmp_path / "none")
     monkeypatch.setattr(budgets, "foundation_seconds", lambda profile: None)
-    found = contest.run(world.variants, references=40)
+    found = contest.run(world.variants, world.folder, references=40)
     assert list(found["methods"]) == list(found["differences"]) == ["course"]
-    assert found["supervision"]["ours"]["seconds"]["pretraining"] == 0
+    assert found["missing"] == [] and found["covers"] == {"course": [0, 1]}
 
 
 # ---- killed ------------------------------------------------------------------------------------

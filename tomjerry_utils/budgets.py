@@ -5,7 +5,8 @@ Two budgets, both of seconds of training on the same machine:
 - course: as many as ours took in stages 04 and 05; what can start from our foundation does;
 - total: as many as ours took from the very beginning, its foundation and its BLIP included. What
   starts from the foundation has had those already: under this budget it is what it is under the
-  other, and only what starts from nothing is trained anew.
+  other, and only what starts from nothing is trained anew: with the setting that its trials found
+  under the other, and the whole budget for one training.
 
 :mod:`rivals` trains and tunes by these terms.
 """
@@ -28,8 +29,8 @@ METHODS = {"course": ("ours", *RIVALS), "total": gans.KINDS}
 TITLES = {"ours": "ours", **baselines.TITLES, **gans.TITLES}
 
 TRIALS = 6  # of each method's settings; the identity has none
-# A GAN's trial, as a share of its budget: six of the total's take a third of it.
-TRIAL_SHARE = {"course": 0.2, "total": 0.05}
+TUNED = "course"  # the budget under which settings are tried; the total takes over what it found
+TRIAL_SHARE = 0.2  # a GAN's trial, as a share of that budget
 EXPERT_SHARE = 0.1  # of what EGSDE trains beyond stage 04, for its realism expert
 
 # What each method starts from, and what it is told of pictures in training, there or later.

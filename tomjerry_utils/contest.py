@@ -1,288 +1,283 @@
 """The study "rivals": ours and every rival on equal terms, on scenes that nobody trained on.
 
-`rivals` trains and tunes; here every point of every method translates the test scenes, is scored,
-and is set against ours scene by scene. Test scenes are seen here for the first time.
+`rivals` trains and tunes, `contest_parts` translates the test scenes and scores, one part after
+the other; here they are put in order and every method is set against ours scene by scene. Parts
+that are kept need no run, so the study can be done in several sittings on several machines, and
+its tables stand as soon as all methods have one training seed under the course's budget.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tomjerry_utils import budgets, compare, features, rivals, scenes, scoring, transfer, tuning
+from tomjerry_utils import budgets, compare, contest_parts, features, tuning
+from tomjerry_utils.contest_parts import Entry, Task
 from tomjerry_utils.frontier import RULE, Point, measure
-from tomjerry_utils.images import load_image, resize, save_image
-from tomjerry_utils.judges import Judges, load_judges
-from tomjerry_utils.measures import kid_draws
-from tomjerry_utils.picking import noise_seed
+from tomjerry_utils.judges import load_judges
+from tomjerry_utils.kept_parts import kept, read_part
 from tomjerry_utils.pooling import over_seeds, pooled_row, two_level
 from tomjerry_utils.profiles import Profile
-from tomjerry_utils.progress import progress
-from tomjerry_utils.rivals import Rival, RivalRun
-from tomjerry_utils.runs import (
-    atomic_path,
-    foundation_root,
-    hash_file,
-    hash_obj,
-    log,
-    read_json,
-    write_json,
-)
-from tomjerry_utils.twins import REFERENCES, SIZE, reference, twins_of
+from tomjerry_utils.runs import log
+from tomjerry_utils.twins import REFERENCES
 
 SEEDS = {"course": 3, "total": 1}  # training seeds of a rival at most
 FRONTIER = ("class_accuracy", "action_accuracy", "mask_iou")  # of each point, beside its place
 
+Found = Mapping[str, Mapping[str, Sequence[Entry]]]  # budget → method → training seeds
 
-def run(variants: Sequence[Profile], *, references: int = REFERENCES) -> dict[str, Any]:
-    """Train, tune, translate and score; what a killed study had finished is not redone.
+
+def run(
+    variants: Sequence[Profile],
+    folder: Path,
+    *,
+    references: int = REFERENCES,
+    write: Callable[[dict[str, Any]], Any] = lambda table: None,
+) -> dict[str, Any]:
+    """Make the parts that are not kept, in order of their worth, and put all in tables.
+
+    The course's budget comes first, seed by seed, then the total. A study that is killed loses
+    nothing but the part under way, of which what is finished stays in its run.
 
     Args:
         variants: the training seeds' profiles; the first is tuned.
+        folder: of the kept parts.
         references: held-out natural scenes for KID.
+        write: called with the tables after each part, once the first seed has all methods.
 
     Returns:
-        n, features, trials, criterion; `budgets` with their seconds; `supervision` with a row for
-        each method; `methods` and `differences` (ours − rival) by budget, values and intervals over
-        scenes and training seeds; `frontier` with a row for each point of each sweep, `dominance`
-        with the verdict on each rival, `rule` in words.
+        The tables: see :func:`tables`.
     """
-    first = variants[0]
-    judges = load_judges()  # first of all: without them the rest would be in vain
-    seeds = compare.held_out_seeds(first.compare.test_scenes)
-    known = ["course"]
-    if budgets.foundation_seconds(first) is None:
-        log("rivals: the foundation does not say how long it was trained: no total budget")
-    else:
-        known.append("total")
-    found: dict[str, dict[str, list[_Scored]]] = {}
-    for budget in known:
-        found[budget] = {}
-        for method in budgets.METHODS[budget]:
-            scored: list[_Scored] = []
-            for variant in variants[: SEEDS[budget]]:
-                setting = scored[0].run.setting if scored else None
-                made = rivals.ensure(variant, budget, method, setting=setting)
-                scored.append(_score(made, variant, seeds, judges, references))
-            found[budget][method] = scored
+    tasks = _tasks(variants)
+    seeds = compare.held_out_seeds(variants[0].compare.test_scenes)
+    shared = contest_parts.shared_facts(variants[0], seeds, references)
+    by_seed = {variant.seed: variant for variant in variants}
+    known = _known(tasks, folder, by_seed, shared)
+    log(_state(tasks, known, folder))
+    for task in tasks:
+        if task in known:
+            continue
+        profile, setting = by_seed[task.seed], _setting(task, tasks, known)
+        make = partial(
+            contest_parts.make,
+            task,
+            profile,
+            setting=setting,
+            seeds=seeds,
+            judges=load_judges(),  # first of all: without them the rest would be in vain
+            references=references,
+        )
+        own = contest_parts.own_facts(task, profile, setting)
+        kept(task.path(folder), {**shared, **own}, make)
+        known = _known(tasks, folder, by_seed, shared)
+        log(_state(tasks, known, folder))
+        if all(t in known for t in tasks if t[:2] == tasks[0][:2]):
+            write(tables(variants, tasks, known))
+    return tables(variants, tasks, known)
+
+
+def tables(
+    variants: Sequence[Profile], tasks: Sequence[Task], known: Mapping[Task, Entry]
+) -> dict[str, Any]:
+    """What the parts say, of the training seeds of which a budget has all methods.
+
+    Args:
+        tasks: all of the study; known: those that are kept, all of the first seed's among them.
+
+    Returns:
+        n, features, trials, criterion; seeds; `covers` with the training seeds of each budget and
+        `missing` with the parts that are not yet made; `budgets` with their seconds; `supervision`
+        with a row for each method; `methods` and `differences` (ours − rival) by budget, values
+        and intervals over scenes and training seeds; `frontier` with a row for each point of each
+        sweep, `dominance` with the verdict on each rival, `rule` in words.
+    """
+    found = _complete(tasks, known)
     ours = found["course"]["ours"]
-    samples, real = first.compare.bootstrap, reference(references)[0]
+    samples = variants[0].compare.bootstrap
+    covers = {
+        budget: [entry.task.seed for entry in next(iter(table.values()))]
+        for budget, table in found.items()
+    }
     return {
-        "n": len(seeds),
+        "n": len(ours[0].each["perceptual"]),
         "features": features.NAME,
         "trials": budgets.TRIALS,
         "criterion": tuning.RULE,
-        "budgets": {budget: _terms(variants[: SEEDS[budget]], budget) for budget in known},
-        "supervision": _supervision(first, found),
+        "seeds": covers["course"],
+        "covers": covers,
+        "missing": [task.name for task in tasks if task not in known],
+        "budgets": {budget: _terms(table, variants[0], budget) for budget, table in found.items()},
+        "supervision": _supervision(found),
         "methods": {
-            budget: {name: _method(scored, samples, real) for name, scored in table.items()}
+            budget: {name: _method(entries, samples) for name, entries in table.items()}
             for budget, table in found.items()
         },
         "differences": {
             budget: {
-                name: _differences(ours, scored, samples, real)
-                for name, scored in table.items()
+                name: _differences(ours, entries, samples)
+                for name, entries in table.items()
                 if name != "ours"
             }
             for budget, table in found.items()
         },
-        **_frontier(found, samples, real),
+        **_frontier(found),
     }
 
 
-# ---- translating -------------------------------------------------------------------------------
+# ---- the parts in order ------------------------------------------------------------------------
 
 
-def translate(
-    made: RivalRun, name: str, rival: Rival, profile: Profile, seeds: Sequence[int]
-) -> np.ndarray:
-    """A point's translations of test scenes, (N, S, S, 3), kept as `<folder>/test/<name>`.
-
-    Batches and noise are those of stage 06.
-    """
-    folder, size = made.folder / "test" / name, profile.compare.batch_size
-    note = folder.with_name(f"{name}.json")
-    if not note.is_file():
-        title, seconds = f"{made.method} {made.budget} {name}", 0.0
-        sources = _cartoons(tuple(seeds), profile.image_size)
-        for start in progress(range(0, len(seeds), size), title):
-            part = list(seeds[start : start + size])
-            began = time.monotonic()
-            images, _ = rival.translate(
-                sources[start : start + size], seed=noise_seed(profile, 0, start)
-            )
-            seconds += time.monotonic() - began
-            for seed, image in zip(part, images, strict=True):
-                save_image(folder / f"{seed}.png", image)
-        write_json(note, {"seconds": seconds, "n": len(seeds)})
-    return np.stack([load_image(folder / f"{seed}.png") for seed in seeds])
+def _tasks(variants: Sequence[Profile]) -> list[Task]:
+    known = ["course"]
+    if budgets.foundation_seconds(variants[0]) is None:
+        log("rivals: the foundation does not say how long it was trained: no total budget")
+    else:
+        known.append("total")
+    return [
+        Task(budget, variant.seed, method)
+        for budget in known
+        for variant in variants[: SEEDS[budget]]
+        for method in budgets.METHODS[budget]
+    ]
 
 
-@lru_cache(maxsize=1)
-def _cartoons(seeds: tuple[int, ...], size: int) -> np.ndarray:
-    return scenes.render_many(list(seeds), "cartoon", size)["image"]
+def _setting(
+    task: Task, tasks: Sequence[Task], known: Mapping[Task, Entry]
+) -> dict[str, Any] | None:
+    """The setting that a part takes over; None for the one whose trials find it."""
+    tuned = _tuned(task, tasks)
+    return None if task == tuned else dict(known[tuned].record["setting"])
 
 
-# ---- scoring -----------------------------------------------------------------------------------
+def _tuned(task: Task, tasks: Sequence[Task]) -> Task:
+    return Task(budgets.TUNED, tasks[0].seed, task.method)
 
 
-@dataclass(eq=False)
-class _Scored:
-    """A method's points, scored: name → metrics; of the best, the scores of each scene.
-
-    `points` has each point's perceptual distances and its features.
-    """
-
-    run: RivalRun
-    metrics: dict[str, dict[str, Any]]
-    each: dict[str, np.ndarray]
-    features: np.ndarray
-    seconds_per_picture: float
-    points: dict[str, tuple[np.ndarray, np.ndarray]]
-
-
-def _score(
-    made: RivalRun, profile: Profile, seeds: Sequence[int], judges: Judges, references: int
-) -> _Scored:
-    """Translate and score a run's points, or read what is kept of that beside its weights."""
-    weights = sorted((foundation_root() / "judges").rglob("*.safetensors"))
-    facts = {
-        "seeds": list(seeds),
-        "references": references,
-        "bootstrap": profile.compare.bootstrap,
-        "judges": [hash_file(w) for w in weights],
-        "version": 2,  # of what is kept: every point's distances and features
-    }
-    kept = made.folder / "test" / f"scores_{hash_obj(facts)}"
-    if not _whole(kept):
-        opened = made.open(transfer.ensure(profile).translator)
-        sets = {
-            name: np.stack(
-                [resize(image, SIZE) for image in translate(made, name, rival, profile, seeds)]
-            )
-            for name, rival in opened.items()
-        }
-        log(f"rivals: scoring {made.method} under the budget '{made.budget}'")
-        scored = scoring.measure(
-            sets,
-            twins_of(tuple(seeds)),
-            judges,
-            references=references,
-            bootstrap=profile.compare.bootstrap,
-            show=False,
-        )
-        arrays = {f"each {name}": row for name, row in scored[made.best]["each"].items()}
-        for name, found in scored.items():
-            arrays[f"perceptual {name}"] = found["each"]["perceptual"]
-            arrays[f"features {name}"] = found["features"]
-        with atomic_path(kept.with_suffix(".npz")) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        write_json(kept.with_suffix(".json"), {name: s["metrics"] for name, s in scored.items()})
-    with np.load(kept.with_suffix(".npz")) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    seconds = read_json(made.folder / "test" / f"{made.best}.json")
-    return _Scored(
-        made,
-        read_json(kept.with_suffix(".json")),
-        {
-            name.removeprefix("each "): values
-            for name, values in arrays.items()
-            if name.startswith("each ")
-        },
-        arrays[f"features {made.best}"],
-        seconds["seconds"] / seconds["n"],
-        {name: (arrays[f"perceptual {name}"], arrays[f"features {name}"]) for name in made.points},
-    )
+def _known(
+    tasks: Sequence[Task],
+    folder: Path,
+    by_seed: Mapping[int, Profile],
+    shared: Mapping[str, Any],
+) -> dict[Task, Entry]:
+    """The parts that are kept and fit, in order: which of a later seed do, its first decides."""
+    known: dict[Task, Entry] = {}
+    for task in tasks:
+        tuned = _tuned(task, tasks)
+        if task != tuned and tuned not in known:
+            continue
+        setting = _setting(task, tasks, known)
+        own = contest_parts.own_facts(task, by_seed[task.seed], setting)
+        part = read_part(task.path(folder), {**shared, **own})
+        if part is not None:
+            known[task] = contest_parts.entry(task, part)
+    return known
 
 
-def _whole(kept: Path) -> bool:
-    return all(kept.with_suffix(suffix).is_file() for suffix in (".npz", ".json"))
+def _state(tasks: Sequence[Task], known: Mapping[Task, Entry], folder: Path) -> str:
+    left: dict[str, list[str]] = {}
+    for task in tasks:
+        if task not in known:
+            left.setdefault(f"{task.budget} seed {task.seed}", []).append(task.method)
+    rest = "; ".join(f"{name}: {', '.join(methods)}" for name, methods in left.items())
+    return f"rivals: {len(known)} of {len(tasks)} parts kept in {folder}; left: {rest or 'none'}"
 
 
-def _method(scored: Sequence[_Scored], samples: int, real: np.ndarray) -> dict[str, Any]:
+def _complete(
+    tasks: Sequence[Task], known: Mapping[Task, Entry]
+) -> dict[str, dict[str, list[Entry]]]:
+    """budget → method → entries, of the seeds of which the budget has all methods."""
+    found: dict[str, dict[str, list[Entry]]] = {}
+    for budget, seed in dict.fromkeys(task[:2] for task in tasks):
+        entries = [known.get(Task(budget, seed, method)) for method in budgets.METHODS[budget]]
+        for entry in entries:
+            if entry is not None and None not in entries:
+                found.setdefault(budget, {}).setdefault(entry.task.method, []).append(entry)
+    return found
+
+
+# ---- tables ------------------------------------------------------------------------------------
+
+
+def _method(entries: Sequence[Entry], samples: int) -> dict[str, Any]:
     """What one method reached at its best setting, and how it came to it."""
-    first = scored[0]
+    first = entries[0].record
     drawn = {
-        name: two_level(np.stack([s.each[name] for s in scored]), samples) for name in first.each
+        name: two_level(np.stack([e.each[name] for e in entries]), samples)
+        for name in entries[0].each
     }
-    drawn["kid"] = over_seeds(
-        np.stack([kid_draws(s.features, real, samples=samples) for s in scored])
-    )
+    drawn["kid"] = over_seeds(np.stack([e.kid[e.best] for e in entries]))
     return {
-        "setting": first.run.setting,
-        "trials": first.run.trials,
+        "setting": first["setting"],
+        "trials": first["trials"],
+        "curve": first["curve"],
         "metrics": {
-            name: pooled_row([s.metrics[s.run.best][name] for s in scored], values)
+            name: pooled_row([e.record["metrics"][e.best][name] for e in entries], values)
             for name, values in drawn.items()
         },
-        "seeds": [s.run.profile.seed for s in scored],
-        "seconds": [s.run.seconds for s in scored],
-        "seconds_per_picture": [round(s.seconds_per_picture, 4) for s in scored],
+        "seeds": [e.task.seed for e in entries],
+        "seconds": [e.record["seconds"] for e in entries],
+        "seconds_per_picture": [e.record["seconds_per_picture"] for e in entries],
+        "devices": [e.record["device"] for e in entries],
     }
 
 
 def _differences(
-    ours: Sequence[_Scored], rival: Sequence[_Scored], samples: int, real: np.ndarray
+    ours: Sequence[Entry], rival: Sequence[Entry], samples: int
 ) -> dict[str, dict[str, Any]]:
     """Ours − rival: the same scenes and the same training seeds, both drawn anew."""
-    pairs = list(zip(ours, rival, strict=False))  # ours may have more seeds
-    names = list(ours[0].each)
+    by_seed = {entry.task.seed: entry for entry in ours}
+    pairs = [(by_seed[entry.task.seed], entry) for entry in rival if entry.task.seed in by_seed]
     drawn = {
         name: two_level(np.stack([a.each[name] - b.each[name] for a, b in pairs]), samples)
-        for name in names
+        for name in ours[0].each
     }
-    drawn["kid"] = over_seeds(
-        np.stack(
-            [
-                kid_draws(a.features, real, samples=samples)
-                - kid_draws(b.features, real, samples=samples)
-                for a, b in pairs
-            ]
-        )
-    )
+    drawn["kid"] = over_seeds(np.stack([a.kid[a.best] - b.kid[b.best] for a, b in pairs]))
     out = {}
     for name, values in drawn.items():
-        rows = [(a.metrics[a.run.best][name], b.metrics[b.run.best][name]) for a, b in pairs]
+        rows = [(a.record["metrics"][a.best][name], b.record["metrics"][b.best][name])
+                for a, b in pairs]  # fmt: skip
         gaps = [{"difference": a["value"] - b["value"], "n": a["n"]} for a, b in rows]
         row = pooled_row(gaps, values, key="difference")
         out[name] = row | {"verdict": compare.verdict(name, row["ci95"])}
     return out
 
 
-# ---- tables ------------------------------------------------------------------------------------
+def _terms(table: Mapping[str, Sequence[Entry]], profile: Profile, budget: str) -> dict[str, Any]:
+    """A budget's seconds for each training seed, and what they are the sum of.
 
-
-def _terms(variants: Sequence[Profile], budget: str) -> dict[str, Any]:
-    """A budget's seconds for each training seed, and what they are the sum of."""
+    As the seed's first part has them: one that was made on another machine, whose course took
+    another time there, has its own in its method's row.
+    """
+    first = {str(entry.task.seed): entry.record for entry in next(iter(table.values()))}
+    foundation = next(iter(first.values()))["foundation_seconds"]
     return {
-        "seconds": {str(v.seed): round(budgets.budget_seconds(v, budget), 1) for v in variants},
-        "course": {str(v.seed): budgets.course_seconds(v) for v in variants},
-        "foundation": budgets.foundation_seconds(variants[0]) if budget == "total" else None,
-        "share": variants[0].rivals.budget_share,
-        "trial_share": budgets.TRIAL_SHARE[budget],
-        "methods": list(budgets.METHODS[budget]),
+        "seconds": {seed: record["seconds"]["budget"] for seed, record in first.items()},
+        "course": {seed: record["course_seconds"] for seed, record in first.items()},
+        "foundation": foundation if budget == "total" else None,
+        "share": profile.rivals.budget_share,
+        "tuned_under": budgets.TUNED,
+        "trial_share": budgets.TRIAL_SHARE if budget == budgets.TUNED else None,
+        "methods": list(table),
     }
 
 
-def _supervision(
-    profile: Profile, found: Mapping[str, Mapping[str, Sequence[_Scored]]]
-) -> dict[str, dict[str, Any]]:
+def _supervision(found: Found) -> dict[str, dict[str, Any]]:
     """What each method starts from and is told, with the seconds that it took."""
-    before = budgets.foundation_seconds(profile) or {}
-    own = budgets.course_seconds(profile)
+    ours = found["course"]["ours"][0].record
+    before, own = ours["foundation_seconds"] or {}, ours["course_seconds"]
     out: dict[str, dict[str, Any]] = {}
     for method, row in budgets.SUPERVISION.items():
         seconds: dict[str, float] = {}
         for budget, table in found.items():
             if method in table:
-                taken = table[method][0].run.seconds
-                seconds |= {budget: taken["trained"], f"{budget}, tuning": taken["tuning"]}
+                taken = table[method][0].record["seconds"]
+                seconds[budget] = taken["trained"]
+                if budget == budgets.TUNED:
+                    seconds[f"{budget}, tuning"] = taken["tuning"]
         if method == "ours":
             seconds["captioner"] = own["03 blip"]
         named = [name for name in row["starts_from"] if name in before]
@@ -295,19 +290,28 @@ def _supervision(
     return out
 
 
-def _frontier(
-    found: Mapping[str, Mapping[str, Sequence[_Scored]]], samples: int, real: np.ndarray
-) -> dict[str, Any]:
+def _frontier(found: Found) -> dict[str, Any]:
     """Every point of the tuned seed's sweeps, and whom ours dominates: see `frontier.measure`."""
     points, metrics = [], []
     for budget, table in found.items():
-        for method, scored in table.items():
-            first = scored[0]
-            for name, setting in first.run.points.items():
-                best = name == first.run.best
-                points.append(Point(method, name, setting, *first.points[name], best, budget))
-                metrics.append(first.metrics[name])
-    rows, dominance = measure(points, real, samples=samples)
+        for method, entries in table.items():
+            first = entries[0]
+            for name, setting in first.record["points"].items():
+                scores = first.record["metrics"][name]
+                points.append(
+                    Point(
+                        method,
+                        name,
+                        setting,
+                        first.perceptual[name],
+                        scores["kid"]["value"],
+                        first.kid[name],
+                        best=name == first.best,
+                        budget=budget,
+                    )
+                )
+                metrics.append(scores)
+    rows, dominance = measure(points)
     for row, known in zip(rows, metrics, strict=True):
         row |= {m: {k: known[m][k] for k in ("value", "ci95")} for m in FRONTIER}
     return {"rule": RULE, "frontier": rows, "dominance": dominance}

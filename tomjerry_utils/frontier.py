@@ -21,7 +21,7 @@ import numpy as np
 from tomjerry_utils import budgets, compare, features, ldm, scenes, scoring, transfer
 from tomjerry_utils.images import add_grain, resize
 from tomjerry_utils.judges import load_judges
-from tomjerry_utils.measures import kid, kid_draws, mean_draws
+from tomjerry_utils.measures import kid_draws, mean_draws
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.progress import progress
 from tomjerry_utils.rivals import Rival
@@ -49,7 +49,7 @@ class Point:
 
     Attributes:
         perceptual: (N,) distances to the hidden twins.
-        features: (N, D), from which KID comes.
+        kid: of all scenes; kid_draws: (samples,) of scenes drawn anew, from `measures.kid_draws`.
         best: the setting that competes.
         budget: of `budgets.BUDGETS`.
     """
@@ -58,7 +58,8 @@ class Point:
     name: str
     setting: Mapping[str, Any]
     perceptual: np.ndarray
-    features: np.ndarray = field(repr=False)
+    kid: float
+    kid_draws: np.ndarray = field(repr=False)
     best: bool = False
     budget: str = "course"
 
@@ -95,18 +96,14 @@ def verdict(share: float) -> str:
     return "not dominated" if share <= 1 - SURE else "undecided"
 
 
-def measure(
-    points: Sequence[Point], real: np.ndarray, *, samples: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(points: Sequence[Point]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of all points, and whether ours dominates each rival.
 
-    Scenes and references are drawn anew for all points at once, so that each draw compares the
+    Draw by draw all points have the same scenes and references, so that each draw compares the
     methods on the same pictures.
 
     Args:
-        points: ours among them, at least one.
-        real: (M, D) features of natural scenes.
-        samples: draws of the bootstrap.
+        points: ours among them, at least one; all with as many scenes and draws.
 
     Returns:
         rows: budget, method, point, best, setting; perceptual and kid, each with value and ci95; a
@@ -117,9 +114,10 @@ def measure(
         of the draws, and the verdict.
     """
     far = np.array([point.perceptual.mean() for point in points])
-    near = np.array([kid(point.features, real) for point in points])
+    near = np.array([point.kid for point in points])
+    near_draws = np.stack([point.kid_draws for point in points])
+    samples = near_draws.shape[1]
     far_draws = np.stack([mean_draws(point.perceptual, samples=samples) for point in points])
-    near_draws = np.stack([kid_draws(point.features, real, samples=samples) for point in points])
     own = np.array([point.method == "ours" for point in points])
     rows: list[dict[str, Any]] = []
     lower: dict[tuple[str, str], list[np.ndarray]] = {}
@@ -232,18 +230,20 @@ def _make(stage: Stage, profile: Profile, translator: Any, model: Any) -> None:
     own = {
         "steps": translator.steps, "guidance_scale": translator.guidance_scale, "grain": 1.0,
     }  # fmt: skip
+    real, samples = reference(REFERENCES)[0], profile.compare.bootstrap
     points = [
         Point(
             method,
             name,
             setting,
             scored[name]["each"]["perceptual"],
-            scored[name]["features"],
+            scored[name]["metrics"]["kid"]["value"],
+            kid_draws(scored[name]["features"], real, samples=samples),
             best=method == "ours" and {"grain": 1.0, **setting} == own,
         )
         for name, (method, setting) in zip(sets, facts, strict=True)
     ]
-    rows, dominance = measure(points, reference(REFERENCES)[0], samples=profile.compare.bootstrap)
+    rows, dominance = measure(points)
     table = {
         "n": len(seeds),
         "on": "validation scenes",

@@ -86,6 +86,7 @@ __all__ = [
 ]
 
 STAGE = "04_ldm"
+VERSION = 3
 TONES = "tones.json"  # domain → [mean, deviation] that standardise its views' tones
 
 
@@ -134,7 +135,7 @@ def ensure(profile: Profile) -> LdmRun:
         "denoiser": fingerprint(profile.ldm.denoiser, profile.ldm.denoiser_subfolder),
     }
     with processes.main_first(profile.device):
-        stage = open_stage(profile, STAGE, _settings(profile), inputs, version=3)
+        stage = open_stage(profile, STAGE, _settings(profile), inputs, VERSION)
     if not stage.finished:
         with processes.held(stage, profile.device):
             if not stage.finished:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,10 @@ from tomjerry_utils.runs import (
     log,
     open_stage,
     read_json,
+    read_jsonl,
     run_root,
     write_json,
+    write_jsonl,
 )
 from tomjerry_utils.scenes import render_many
 from tomjerry_utils.training import apply_ema, pick_device
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 # The foundation's pictures that a GAN sees under the total budget.
 _ZOO = {"cartoon": ("cartoon zoo", "cartoon"), "natural": ("natural zoo", "natural")}
+LOOKS = 12  # at a GAN during its training
 
 
 @dataclass(eq=False)
@@ -164,8 +167,14 @@ def train_gan(
     budget: str,
     setting: Mapping[str, Any],
     seconds: float,
+    look: Callable[[gans.Gan], dict[str, float]] | None = None,
 ) -> gans.Gan:
-    """Train for so many seconds, or go on where a killed run stopped, or read what is finished."""
+    """Train for so many seconds, or go on where a killed run stopped, or read what is finished.
+
+    Args:
+        look: scores it :data:`LOOKS` times in equal steps of its seconds, which looking does not
+            use up; the trained GAN's facts have the scores, with their seconds, as `curve`.
+    """
     weights = weights_folder(folder, name)
     if not (weights / "config.json").is_file():
         sets = {
@@ -176,19 +185,28 @@ def train_gan(
             for domain in ("cartoon", "natural")
         }
         training = folder / "training" / name
-        gan = gans.train_gan(
-            kind,
-            sets["cartoon"],
-            sets["natural"],
-            folder=training,
-            seed=profile.seed,
-            seconds=seconds,
-            settings=gans.GanSettings(**setting),
-            precision=profile.precision,
-            device=profile.device,
-            threads=profile.threads,
-            checkpoint_every_s=profile.checkpoint_every_s,
-        )
+        curve = training / "curve.jsonl"
+        rows = read_jsonl(curve) if curve.is_file() else []
+        # The clock stands still between two calls, and the second goes on where the first stopped.
+        pieces = LOOKS if look else 1
+        for piece in range(min(len(rows), pieces - 1), pieces):
+            gan = gans.train_gan(
+                kind,
+                sets["cartoon"],
+                sets["natural"],
+                folder=training,
+                seed=profile.seed,
+                seconds=seconds * (piece + 1) / pieces,
+                settings=gans.GanSettings(**setting),
+                precision=profile.precision,
+                device=profile.device,
+                threads=profile.threads,
+                checkpoint_every_s=profile.checkpoint_every_s,
+            )
+            if look:
+                rows[piece:] = [{"seconds": gan.facts["seconds"], **look(gan)}]
+                write_jsonl(curve, rows)
+        gan.facts["curve"] = rows
         gan.save(weights)
         # After a budget of seconds the whole state of the training stays; nobody goes on with it.
         shutil.rmtree(training / "checkpoint", ignore_errors=True)

@@ -7,14 +7,14 @@
   the foundation's as well.
 
 Each method, ours too, gets its trials on validation cartoons, and the best by the one score of
-:mod:`tuning` competes. A GAN's trial is a short training. Only the first training seed is tuned;
-the others take over its setting. Finished parts are not redone: the work lies in
-`runs/<profile>/rivals/<budget>/<method>`.
+:mod:`tuning` competes. A GAN's trial is a short training. Only the first training seed is tuned,
+under the course's budget; the others, and the total budget, take over its setting. Finished parts
+are not redone: the work lies in `runs/<profile>/rivals/<budget>/<method>`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from tomjerry_utils.budgets import (
     METHODS,
     TITLES,
     TRIAL_SHARE,
+    TUNED,
     budget_seconds,
     course_seconds,
     grid,
@@ -134,6 +135,8 @@ class RivalRun:
         points: name → setting of everything that can be translated with; best: the one that
             competes.
         seconds: budget, trained (in the course or from nothing), tuning.
+        curve: of a GAN under the total budget, its scores on validation cartoons on the way:
+            seconds, realism, faithfulness, score.
     """
 
     method: str
@@ -145,6 +148,7 @@ class RivalRun:
     points: dict[str, dict[str, Any]] = field(repr=False)
     best: str
     seconds: dict[str, float]
+    curve: list[dict[str, float]] = field(default_factory=list, repr=False)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -213,13 +217,16 @@ def ensure(
 
     Args:
         budget, method: of `budgets.METHODS`.
-        setting: given, it is taken without any trial, as another training seed found it.
+        setting: given, it is taken without any trial, as the first training seed found it under
+            the budget :data:`~budgets.TUNED`; None only there.
 
     Raises:
         UserError: what has no such budget; see `budgets.budget_seconds`.
     """
     if method not in METHODS.get(budget, ()):
         raise UserError(f"no {method} under the budget '{budget}'")
+    if setting is None and budget != TUNED:
+        raise ValueError(f"settings are tried under the budget '{TUNED}': give the one found there")
     before = transfer.ensure(profile)
     stage = open_stage(
         profile,
@@ -228,7 +235,7 @@ def ensure(
             "grid": grid(method, profile),
             "setting": setting,
             "seconds": round(budget_seconds(profile, budget), 1),
-            "trial_share": TRIAL_SHARE[budget],
+            "trial_share": TRIAL_SHARE,
             **profile.rivals.model_dump(mode="json"),
         },
         {"transfer": before.key},
@@ -262,8 +269,9 @@ def _make(
         parts = course_seconds(profile)
         trained = sum(seconds for name, seconds in parts.items() if name[:2] in ("04", "05"))
     trials: list[dict[str, Any]] = []
+    curve: list[dict[str, float]] = []
     if setting is None:
-        trials = _tune(rival, profile, folder, budget)
+        trials = _tune(rival, profile, folder, allowed)
         points = {str(i): row["setting"] for i, row in enumerate(trials)}
         best = max(points, key=lambda name: trials[int(name)]["score"])
     else:
@@ -271,8 +279,9 @@ def _make(
     if method in gans.KINDS:
         points["final"] = points[best]
         best = "final"
-        gan = train_gan(method, profile, folder, best, budget, points[best], allowed)
-        trained = gan.facts["seconds"]
+        look = _look(_criterion(profile, translator)) if budget == "total" else None
+        gan = train_gan(method, profile, folder, best, budget, points[best], allowed, look)
+        trained, curve = gan.facts["seconds"], gan.facts.get("curve", [])
     stage.finish(
         trials=trials,
         points=points,
@@ -282,35 +291,41 @@ def _make(
             "trained": round(trained, 1),
             "tuning": round(sum(row["seconds"] for row in trials), 1),
         },
+        curve=curve,
     )
 
 
-def _tune(rival: Rival, profile: Profile, folder: Path, budget: str) -> list[dict[str, Any]]:
-    """Try every setting of the grid; a trial that a killed run had finished is not redone."""
+def _criterion(profile: Profile, translator: Translator) -> Criterion:
     count, start = profile.rivals.validation_scenes, RANGES["validation"][0]
+    cartoons = render_many(range(start, start + count), "cartoon", profile.image_size)["image"]
+    natural = training_pictures(profile, "natural")
+    return Criterion(translator, cartoons, natural[:: max(1, len(natural) // NATURAL)])
+
+
+def _look(criterion: Criterion) -> Callable[[gans.Gan], dict[str, float]]:
+    return lambda gan: criterion.score(gan.translate(criterion.cartoons))
+
+
+def _tune(rival: Rival, profile: Profile, folder: Path, allowed: float) -> list[dict[str, Any]]:
+    """Try every setting of the grid; a trial that a killed run had finished is not redone.
+
+    Args:
+        allowed: seconds of the budget, of which each of a GAN's trials takes its share.
+    """
     criterion: Criterion | None = None
     rows = []
     for number, setting in enumerate(grid(rival.method, profile)):
         note = folder / "trials" / f"{number}.json"
         if not note.is_file():
-            if criterion is None:
-                cartoons = render_many(range(start, start + count), "cartoon", profile.image_size)
-                natural = training_pictures(profile, "natural")
-                some = natural[:: max(1, len(natural) // NATURAL)]
-                criterion = Criterion(rival.translator, cartoons["image"], some)
+            criterion = criterion or _criterion(profile, rival.translator)
             seconds, tried = 0.0, replace(rival, setting=setting)
             if rival.method in gans.KINDS:
-                allowed = TRIAL_SHARE[budget] * budget_seconds(profile, budget)
-                tried.gan = train_gan(
-                    rival.method, profile, folder, str(number), budget, setting, allowed
-                )
+                short, name = TRIAL_SHARE * allowed, str(number)
+                tried.gan = train_gan(rival.method, profile, folder, name, TUNED, setting, short)
                 seconds = tried.gan.facts["seconds"]
             made, _ = tried.translate(criterion.cartoons, seed=profile.seed)
             found = criterion.score(made)
             write_json(note, {"setting": setting, **found, "seconds": seconds})
-            log(
-                f"rivals: {rival.method} {budget} trial {number + 1}: {setting}: "
-                f"score {found['score']:.3f}"
-            )
+            log(f"rivals: {rival.method} trial {number + 1}: {setting}: score {found['score']:.3f}")
         rows.append(read_json(note))
     return rows

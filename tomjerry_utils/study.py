@@ -4,7 +4,9 @@
 which the repository carries; the notebooks read them, say their date, and check that what they
 train live falls within.
 Each training seed has a run of its own (`runs/<profile>-seed<k>`), whose stages resume by
-themselves: a study that was killed goes on with the same command.
+themselves: a study that was killed goes on with the same command. The study of rivals, the longest,
+goes on without its runs too: each part of it that is finished stays in `results/rivals/`, small
+enough to be committed, and `results/rivals.json` says which parts are missing.
 
 What one finished course measured is kept too, in `results/<profile>/course.json`, so that its
 figures can be drawn where its run is not.
@@ -15,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +59,34 @@ def run_study(profile: Profile, names: Sequence[str] | None = None) -> list[Path
     for name in names or ():
         if name not in STUDIES:
             raise UserError(f"no study '{name}': choose from {', '.join(STUDIES)}")
-    own = profile.name == DEFAULT
-    folder = project_root() / "results" if own else run_root(profile) / "results"
     written = []
     for name in names or STUDIES:
         variants = training_seeds(profile)
         log(f"study {name}: training seeds {', '.join(str(v.seed) for v in variants)}")
-        table = STUDIES[name](variants)
-        record = {
-            "schema": 1,
-            "study": name,
-            "date": time.strftime("%Y-%m-%d"),
-            "profile": profile.name,
-            "seeds": [variant.seed for variant in variants],
-            **table,
-            "seconds": {str(variant.seed): stage_seconds(variant) for variant in variants},
-            "settings": profile.model_dump(mode="json"),
-            **environment(),
-        }
-        written.append(write_json(folder / f"{name}.json", record))
+        written.append(_write(name, variants, STUDIES[name](variants)))
     return written
+
+
+def results_folder(profile: Profile) -> Path:
+    """Where a profile's studies leave what they found: `results/`, or in the run; see above."""
+    own = profile.name == DEFAULT
+    return project_root() / "results" if own else run_root(profile) / "results"
+
+
+def _write(name: str, variants: Sequence[Profile], table: Mapping[str, Any]) -> Path:
+    profile = variants[0]
+    record = {
+        "schema": 1,
+        "study": name,
+        "date": time.strftime("%Y-%m-%d"),
+        "profile": profile.name,
+        "seeds": [variant.seed for variant in variants],
+        **table,
+        "seconds": {str(variant.seed): stage_seconds(variant) for variant in variants},
+        "settings": profile.model_dump(mode="json"),
+        **environment(),
+    }
+    return write_json(results_folder(profile) / f"{name}.json", record)
 
 
 def results(name: str) -> dict[str, Any] | None:
@@ -227,10 +238,14 @@ def ablation_table(tables: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, A
 
 
 def rival_seeds(variants: Sequence[Profile]) -> dict[str, Any]:
-    """Ours and every rival on equal terms: see :mod:`contest`."""
+    """Ours and every rival on equal terms: see :mod:`contest`.
+
+    Its results are written after each part from which on they say anything, and its parts kept.
+    """
     from tomjerry_utils import contest
 
-    return contest.run(variants)
+    folder = results_folder(variants[0]) / "rivals"
+    return contest.run(variants, folder, write=partial(_write, "rivals", variants))
 
 
 STUDIES: dict[str, Callable[[Sequence[Profile]], dict[str, Any]]] = {

@@ -52,6 +52,7 @@ from tomjerry_utils.translator import (
 )
 
 STAGE = "05_transfer"
+VERSION = 7
 TRAINED = "training/denoiser"  # in the stage's folder: the denoiser before it is finished
 # The rows of the ablation: name → (source attention, structure path, natural bodies in the source's
 # poses or the shapes it is drawn in, BLIP weight on or off, whose view and caption it learns with:
@@ -91,7 +92,7 @@ def ensure(profile: Profile) -> TransferRun:
         STAGE,
         settings,
         {"ldm": before.key, "posture": ldm.fingerprint(profile.transfer.posture)},
-        version=7,
+        VERSION,
     )
     if not stage.finished:
         with stage.lock():
