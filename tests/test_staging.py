@@ -115,5 +115,8 @@ def test_the_finished_model_ends_its_drawings_as_it_was_finished(
     assert painter.finished == SMOKE.ldm.sample_steps
     finished, trained = painter.unet.state_dict(), run.unet.state_dict()
     assert any(not torch.equal(trained[name], finished[name]) for name in trained)
+    before = [part.state_dict() for part in (run.unet, run.vae)]
+    for part, state in zip(painter.trained, before, strict=True):  # which draws cartoons
+        assert all(torch.equal(v, part.state_dict()[k]) for k, v in state.items())
     encoder = {k: v for k, v in run.vae.state_dict().items() if k.startswith("encoder.")}
     assert all(torch.equal(v, painter.vae.state_dict()[k]) for k, v in encoder.items())

@@ -225,6 +225,8 @@ def _class_samples(model: ldm.LdmRun, profile: Profile, judges: Judges) -> dict[
         # By the same camera, so that neither gains by its grain.
         "free": {
             label: add_grain(images, painter.grain, seed=profile.seed, numbers=range(count))
+            if scenes.LABELS.index(label) >= len(scenes.CLASSES)
+            else images
             for label, images in free.items()
         },
     }

@@ -31,7 +31,7 @@ from tomjerry_utils.latents import LatentSet
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import atomic_dir, atomic_path, model_source, read_json, write_json
 from tomjerry_utils.sampling import sample
-from tomjerry_utils.scenes import LABELS
+from tomjerry_utils.scenes import CLASSES, LABELS
 from tomjerry_utils.staging import Stage, posed_views, stage_for
 from tomjerry_utils.training import pick_device
 
@@ -129,11 +129,18 @@ def photographs(profile: Profile) -> np.ndarray:
 
 @dataclass(eq=False)
 class Painter:
-    """The finished model of stage 04 and what it paints: p(v | c), then p(z | v, c)."""
+    """What paints the samples of stage 04: p(v | c), then p(z | v, c).
+
+    Attributes:
+        unet, vae: finished, for photographs; trained: the same before that, for cartoons.
+        finished: the steps they were finished for; None where they were not.
+        grain: of the camera, for photographs.
+    """
 
     unet: UNet2DConditionModel
     conditioner: Conditioner
     vae: AutoencoderKL
+    trained: tuple[UNet2DConditionModel, AutoencoderKL]
     scheduler: DDIMScheduler
     stage: Stage
     profile: Profile
@@ -142,6 +149,8 @@ class Painter:
 
     def draw(self, label: str, count: int, *, seed: int) -> np.ndarray:
         """Samples of a label of `scenes.LABELS`, (count, S, S, 3) uint8, without captions."""
+        natural = LABELS.index(label) >= len(CLASSES)
+        unet, vae = (self.unet, self.vae) if natural else self.trained
         generator = torch.Generator().manual_seed(seed)
         views = self.stage.views(label, count, generator)
         out = []
@@ -151,18 +160,21 @@ class Painter:
             batch.labels, batch.view = torch.full((len(part),), LABELS.index(label)), part
             batch = drop(batch, labels=0.0, captions=1.1, view=0.0, generator=torch.Generator())
             latents = sample(
-                self.unet,
+                unet,
                 self.conditioner,
-                batch.to(self.unet.device),
+                batch.to(unet.device),
                 self.scheduler,
                 steps=self.profile.ldm.sample_steps,
                 guidance_scale=self.profile.transfer.guidance_scale,
                 generator=generator,
-                finished=self.finished,
+                finished=self.finished if natural else None,
             )
             with torch.no_grad():
-                out.append(to_uint8(decode(self.vae, latents)))
-        return add_grain(np.concatenate(out), self.grain, seed=seed, numbers=range(count))
+                out.append(to_uint8(decode(vae, latents)))
+        drawn = np.concatenate(out)
+        if not natural:
+            return drawn
+        return add_grain(drawn, self.grain, seed=seed, numbers=range(count))
 
     def draw_all(self, count: int) -> dict[str, np.ndarray]:
         """So many samples of each label."""
@@ -174,6 +186,7 @@ def painter(folder: Path, profile: Profile) -> Painter:
     """What draws the samples of a finished stage 04, from its folder."""
     device, facts = pick_device(profile.device), read_json(folder / FINISHED / "painter.json")
     unet, conditioner = load_denoiser(folder / FINISHED / "denoiser")
+    trained, _ = load_denoiser(folder / "denoiser")
     cartoon, natural = (
         LatentSet.load(folder / f"{domain}.safetensors") for domain in ("cartoon", "natural")
     )
@@ -182,6 +195,7 @@ def painter(folder: Path, profile: Profile) -> Painter:
         unet=unet.to(device).eval(),
         conditioner=conditioner.to(device).eval(),
         vae=load_autoencoder(folder / FINISHED / "autoencoder").to(device),
+        trained=(trained.to(device).eval(), load_autoencoder(folder / "autoencoder").to(device)),
         scheduler=make_scheduler(profile.ldm.prediction_type),
         stage=stage_for(cartoon, natural, torch.from_numpy(pictures_of(natural, profile)), nets),
         profile=profile,

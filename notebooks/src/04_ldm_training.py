@@ -389,8 +389,8 @@ saved = figures.save_figure(
 # spread at random, as keypoints covary. A small net draws a natural body there, and the coat comes
 # from a third picture. Cartoon bodies are borrowed whole, since that net has only seen animals.
 #
-# A copy of the model has also been *finished*: its last two steps and its decoder were tuned on
-# what it draws, for the texture of photographs. Section 6 of notebook 05 explains how.
+# Photographs are drawn by a copy of the model that has also been *finished*: its last two steps and
+# its decoder were tuned on what it draws, for texture. Section 6 of notebook 05 explains how.
 
 # %%
 figure = figures.contact_sheet(
