@@ -57,6 +57,7 @@ def run(
         upstream = SimpleNamespace(translator=translator, key="made")
         patch.setattr(compare.transfer, "ensure", lambda profile: upstream)
         patch.setattr(compare.ldm, "ensure", lambda profile: translator)
+        patch.setattr(compare.ldm, "lend", lambda model: model)
         patch.setattr(compare, "load_judges", lambda: judges)
         patch.setattr(compare, "_class_samples", lambda *_: {"staged": "of stage 04"})
         patch.setitem(compare.score_all.__kwdefaults__, "references", REFERENCES)

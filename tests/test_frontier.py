@@ -190,6 +190,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         upstream = SimpleNamespace(translator=translator, key="made")
         patch.setattr(frontier.transfer, "ensure", lambda profile: upstream)
         patch.setattr(frontier.ldm, "ensure", lambda profile: translator)
+        patch.setattr(frontier.ldm, "lend", lambda model: model)
         made = frontier.ensure(profile)
         patch.setattr(frontier, "load_judges", None)  # a second call only reads
         assert frontier.ensure(profile) == made

@@ -95,7 +95,7 @@ def make_run(profile: Profile, translator: Any, collected: Path) -> ldm.LdmRun:
             root / place / "history.jsonl", [{"step": 1, "seconds": 1.0}, {"seconds": seconds}]
         )
     stage = root / ldm.STAGE
-    translator.vae.save_pretrained(stage / "autoencoder")
+    translator.vae.save_pretrained(stage / "finished" / "autoencoder")
     save_denoiser(translator.unet, translator.conditioner, stage / "denoiser")
     write_json(stage / "provenance.json", {"key": "made"})
     sets = [

@@ -113,7 +113,7 @@ def ensure(profile: Profile) -> CompareRun:
     before = transfer.ensure(profile)
     judges = sorted((foundation_root() / "judges").rglob("*.safetensors"))
     inputs = {"transfer": before.key, "judges": hash_obj([hash_file(file) for file in judges])}
-    stage = open_stage(profile, STAGE, profile.compare, inputs, version=4)
+    stage = open_stage(profile, STAGE, profile.compare, inputs, version=5)
     if not stage.finished:
         with stage.lock():
             if not stage.finished:
@@ -167,8 +167,9 @@ def _make(stage: Stage, profile: Profile, translator: Translator) -> None:
     seeds = held_out_seeds(options.test_scenes)
     sources = scenes.render_many(seeds, "cartoon", profile.image_size)["image"]
     model = ldm.ensure(profile)
+    lent = ldm.lend(model)
     done = {
-        method: translate_all(method, folder, sources, seeds, profile, translator, model)
+        method: translate_all(method, folder, sources, seeds, profile, translator, lent)
         for method in METHODS
     }
     known = [
@@ -181,7 +182,7 @@ def _make(stage: Stage, profile: Profile, translator: Translator) -> None:
     results, rows, vectors = score_all(folder, seeds, judges=judges, bootstrap=options.bootstrap)
     # What the camera's grain does to the measures: the same pictures without it.
     smooth = folder / "work" / "smooth"
-    translate_all("ours", smooth, sources, seeds, profile, replace(translator, grain=0.0), model)
+    translate_all("ours", smooth, sources, seeds, profile, replace(translator, grain=0.0), lent)
     results["without_grain"] = metrics.score(
         Pictures(smooth, seeds)["ours"], seeds, judges=judges, bootstrap=options.bootstrap
     )["metrics"]

@@ -185,11 +185,11 @@ def ensure(profile: Profile) -> dict[str, Any]:
         "bootstrap": profile.compare.bootstrap,
         "settings": {method: settings(method, profile) for method in METHODS},
     }
-    stage = open_stage(profile, STAGE, options, {"transfer": before.key})
+    stage = open_stage(profile, STAGE, options, {"transfer": before.key}, version=2)
     if not stage.finished:
         with stage.lock():
             if not stage.finished:
-                _make(stage, profile, before.translator, ldm.ensure(profile))
+                _make(stage, profile, before.translator, ldm.lend(ldm.ensure(profile)))
     return read_json(stage.folder / "frontier.json")
 
 

@@ -9,7 +9,7 @@ to be seen, the model paints it. The unfinished one is what stage 05 trains on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from tomjerry_utils.denoiser import (
 )
 from tomjerry_utils.images import save_image, to_uint8
 from tomjerry_utils.latents import TEXT_LENGTH, LatentSet, join, latent_set
-from tomjerry_utils.painting import POSED, finish, painter
+from tomjerry_utils.painting import FINISHED, POSED, finish, painter
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import (
     Stage,
@@ -182,6 +182,12 @@ def load(folder: Path, profile: Profile) -> LdmRun:
         posed=load_file(folder / POSED)["views"],
         key=read_json(folder / "provenance.json")["key"],
     )
+
+
+def lend(run: LdmRun) -> LdmRun:
+    """Stage 04 as rivals draw with it: its trained denoiser and its finished decoder."""
+    vae = load_autoencoder(run.folder / FINISHED / "autoencoder").to(run.vae.device)
+    return replace(run, vae=vae)
 
 
 def _settings(profile: Profile) -> dict[str, Any]:

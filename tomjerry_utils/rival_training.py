@@ -15,6 +15,7 @@ from tomjerry_utils import collect, foundation, gans, ldm
 from tomjerry_utils.autoencoder import load_autoencoder
 from tomjerry_utils.budgets import EXPERT_SHARE, FOLDER, course_seconds
 from tomjerry_utils.denoiser import Conditioner, load_denoiser, make_scheduler, save_denoiser
+from tomjerry_utils.painting import FINISHED
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.realism import DomainExpert, train_expert
 from tomjerry_utils.runs import (
@@ -42,7 +43,7 @@ LOOKS = 12  # at a GAN during its training
 
 @dataclass(eq=False)
 class Denoiser:
-    """What a diffusion rival draws with: a `baselines.Model`."""
+    """What a diffusion rival draws with: a `baselines.Model`, with stage 04's finished decoder."""
 
     unet: UNet2DConditionModel
     conditioner: Conditioner
@@ -65,7 +66,7 @@ def train_diffusion(
     parts = course_seconds(profile)
     stage_05 = sum(seconds for name, seconds in parts.items() if name[:2] == "05")
     rest = profile.rivals.budget_share * stage_05
-    trained = parts.get("04 decoder", 0.0) + parts["04 denoiser"]
+    trained = sum(seconds for name, seconds in parts.items() if name[:2] == "04")
     expert = None
     if method == "egsde":
         expert, seconds = _train_expert(before, profile, folder, EXPERT_SHARE * rest)
@@ -124,7 +125,7 @@ def load_model(profile: Profile, folder: Path) -> Denoiser:
     return Denoiser(
         unet=unet.to(device).eval(),
         conditioner=conditioner.to(device).eval(),
-        vae=load_autoencoder(run_root(profile) / ldm.STAGE / "autoencoder").to(device),
+        vae=load_autoencoder(run_root(profile) / ldm.STAGE / FINISHED / "autoencoder").to(device),
         scheduler=make_scheduler(profile.ldm.prediction_type),
     )
 
