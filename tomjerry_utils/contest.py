@@ -301,7 +301,8 @@ def _frontier(
     """Every point of the tuned seed's sweeps, and whom ours dominates: see `frontier.measure`."""
     points, metrics = [], []
     for budget, table in found.items():
-        for method, scored in table.items():
+        # Ours cannot be said to dominate itself.
+        for method, scored in ((m, s) for m, s in table.items() if m not in budgets.VARIANTS):
             first = scored[0]
             for name, setting in first.run.points.items():
                 best = name == first.run.best
