@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,7 +171,13 @@ def test_it_learns_to_draw_by_the_view(tmp_path: Path) -> None:
 
 def test_a_picture_does_not_depend_on_its_company(model: untold.Untold) -> None:
     cartoons = tiny.pictures("cartoon", 5)
-    options = {"seed": 1, "steps": 2, "blur": 0.5, "guidance_scale": 2.0, "grain": 0.01}
+    options: dict[str, Any] = {
+        "seed": 1,
+        "steps": 2,
+        "blur": 0.5,
+        "guidance_scale": 2.0,
+        "grain": 0.01,
+    }
     whole = model.translate(cartoons, **options)
     assert whole.shape == cartoons.shape and whole.dtype == np.uint8
     alone = model.translate(cartoons[3:4], numbers=[3], **options)
@@ -182,7 +189,7 @@ def test_a_picture_does_not_depend_on_its_company(model: untold.Untold) -> None:
 @pytest.mark.parametrize("change", [{"blur": 1.0}, {"guidance_scale": 3.0}, {"steps": 3}])
 def test_each_knob_turns(model: untold.Untold, change: dict[str, float]) -> None:
     cartoons = tiny.pictures("cartoon", 2)
-    options = {"seed": 0, "steps": 2}
+    options: dict[str, Any] = {"seed": 0, "steps": 2}
     plain = model.translate(cartoons, **options)
     assert not np.array_equal(plain, model.translate(cartoons, **{**options, **change}))
 
@@ -191,7 +198,7 @@ def test_what_is_saved_draws_the_same(model: untold.Untold, tmp_path: Path) -> N
     model.save(tmp_path / "made")
     again = untold.load(tmp_path / "made", model.vae, model.scheduler.config.prediction_type)
     cartoons = tiny.pictures("cartoon", 3)
-    options = {"seed": 0, "steps": 2}
+    options: dict[str, Any] = {"seed": 0, "steps": 2}
     assert np.array_equal(
         model.translate(cartoons, **options), again.translate(cartoons, **options)
     )

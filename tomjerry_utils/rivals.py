@@ -80,7 +80,7 @@ class Rival:
     model: Denoiser | None = None
     expert: DomainExpert | None = None
     gan: gans.Gan | None = None
-    untold: untold.Untold | None = None
+    own: untold.Untold | None = None
 
     def translate(
         self,
@@ -102,10 +102,10 @@ class Rival:
         if self.gan is not None:
             names = baselines.read_classes(self.translator, images, given)
             return self.gan.translate(images), names
-        if self.untold is not None:
+        if self.own is not None:
             options = {**setting, "steps": steps or setting["steps"]}
             # The same camera as the translator's; its nets read classes for the report alone.
-            made = self.untold.translate(
+            made = self.own.translate(
                 images, seed=seed, grain=self.translator.grain, numbers=numbers, **options
             )
             return made, baselines.read_classes(self.translator, images, given)
@@ -272,7 +272,7 @@ def _make(
     if method in DIFFUSION:
         rival.model, rival.expert, trained = train_diffusion(method, profile, folder)
     elif method == "untold":
-        rival.untold, trained = train_untold(profile, folder)
+        rival.own, trained = train_untold(profile, folder)
     elif method == "ours":
         parts = course_seconds(profile)
         trained = sum(seconds for name, seconds in parts.items() if name[:2] in ("04", "05"))
