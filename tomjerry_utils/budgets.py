@@ -150,7 +150,7 @@ def grid(method: str, profile: Profile) -> list[dict[str, Any]]:
         case "untold":
             return [
                 {"steps": steps, "blur": deviation, "guidance_scale": value}
-                for deviation, value in product((0.0, 0.5, 1.0), (1.0, 2.0))
+                for deviation, value in product((0.0, 1.0), (1.0, 2.0, 3.0))
             ]
         case "identity":
             return [{}]

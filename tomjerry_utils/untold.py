@@ -54,7 +54,7 @@ BLUR, NOISE, DROPPED = (
     0.25,
     0.1,
 )  # largest blur and noise of a view in training; views left out
-BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 16, 1e-3, 0.998
+BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, EMA_DECAY = 16, 1e-3, 100, 0.998
 _NO_END = 10_000_000  # steps of a run that only the clock ends
 
 
@@ -395,7 +395,7 @@ def fit(
         batches,
         steps=_NO_END,
         learning_rate=LEARNING_RATE,
-        warmup_steps=min(100, _NO_END),
+        warmup_steps=WARMUP_STEPS,
         schedule="constant",
         betas=(0.9, 0.99),
         grad_clip=0.5,
