@@ -95,7 +95,8 @@ def make_run(profile: Profile, translator: Any, collected: Path) -> ldm.LdmRun:
             root / place / "history.jsonl", [{"step": 1, "seconds": 1.0}, {"seconds": seconds}]
         )
     stage = root / ldm.STAGE
-    translator.vae.save_pretrained(stage / "finished" / "autoencoder")
+    for name in ("autoencoder", "finished/autoencoder"):
+        translator.vae.save_pretrained(stage / name)
     save_denoiser(translator.unet, translator.conditioner, stage / "denoiser")
     write_json(stage / "provenance.json", {"key": "made"})
     sets = [
@@ -195,11 +196,13 @@ def test_every_method_has_as_many_settings_to_try() -> None:
 
 
 def test_what_each_method_is_told_is_stated() -> None:
-    assert set(budgets.SUPERVISION) == {"ours", *baselines.RIVALS, *gans.KINDS}
+    assert set(budgets.SUPERVISION) == {"ours", "untold", *baselines.RIVALS, *gans.KINDS}
     keys = {"starts_from", "masks", "keypoints", "captions", "classes"}
     assert all(set(row) == keys for row in budgets.SUPERVISION.values())
     assert not any(budgets.SUPERVISION["cut"].values())  # pictures alone
     assert all(budgets.SUPERVISION["ours"].values())
+    untold = dict(budgets.SUPERVISION["untold"])
+    assert untold.pop("starts_from") == ("autoencoder",) and not any(untold.values())
 
 
 # ---- the criterion -----------------------------------------------------------------------------
@@ -238,7 +241,7 @@ def test_no_judge_has_a_say_in_tuning() -> None:
     """Nor a twin, nor a feature that a reported metric uses: not even by way of another module."""
     package = Path(tomjerry_utils.__file__).parent
     told = {"judges", "judge_nets", "metrics", "scoring", "twins", "compare", "contest"}
-    for name in ("rivals", "rival_training", "tuning", "budgets"):
+    for name in ("rivals", "rival_training", "untold", "tuning", "budgets"):
         tree = ast.parse((package / f"{name}.py").read_text(encoding="utf-8"))
         named = {
             alias.name.rpartition(".")[2]
@@ -313,6 +316,10 @@ def test_what_each_was_trained_for_is_told(table: dict[str, Any], world: SimpleN
         sum(table["budgets"]["total"]["foundation"].values()), abs=0.1
     )
     assert told["sdedit"]["seconds"]["course"] >= 30  # stage 04, and then some
+    own = told["untold"]["seconds"]
+    assert own["course"] > 10  # stage 04's decoder, and then some
+    before = table["budgets"]["total"]["foundation"]
+    assert own["pretraining"] == pytest.approx(before["autoencoder"], abs=0.1)
     assert told["ours"]["seconds"]["course"] == 65 and told["ours"]["seconds"]["captioner"] == 40
 
 
@@ -379,8 +386,9 @@ def test_the_frontier_has_every_rivals_whole_sweep(
     table: dict[str, Any], world: SimpleNamespace
 ) -> None:
     rows = table["frontier"]
+    assert not {row["method"] for row in rows} & set(budgets.VARIANTS)  # ours, not a rival
     for budget, methods in budgets.METHODS.items():
-        for method in methods:
+        for method in set(methods) - set(budgets.VARIANTS):
             mine = [r for r in rows if (r["budget"], r["method"]) == (budget, method)]
             extra = method in gans.KINDS  # short trainings, and the whole one
             tried = len(budgets.grid(method, world.variants[0])) if budget == "course" else 0

@@ -25,8 +25,9 @@ FOLDER = "rivals"  # in a run
 BUDGETS = ("course", "total")
 DIFFUSION = tuple(name for name, count in baselines.DIRECTIONS.items() if count)
 RIVALS = (*baselines.RIVALS, *gans.KINDS)
-METHODS = {"course": ("ours", *RIVALS), "total": gans.KINDS}
-TITLES = {"ours": "ours", **baselines.TITLES, **gans.TITLES}
+VARIANTS = ("untold",)  # of ours: rows of the comparison, no rivals that it must beat
+METHODS = {"course": ("ours", *VARIANTS, *RIVALS), "total": gans.KINDS}
+TITLES = {"ours": "ours", "untold": "ours, told nothing", **baselines.TITLES, **gans.TITLES}
 
 TRIALS = 6  # of each method's settings; the identity has none
 TUNED = "course"  # the budget under which settings are tried; the total takes over what it found
@@ -57,6 +58,7 @@ SUPERVISION: dict[str, dict[str, Any]] = {
         "captions": "zoo scenes; a sample of the course pictures",
         "classes": "course pictures",
     },
+    "untold": {**_NOTHING, "starts_from": ("autoencoder",)},
     "identity": _NOTHING,
     "colour": _NOTHING,
     **dict.fromkeys(DIFFUSION, _DENOISER),
@@ -146,6 +148,11 @@ def grid(method: str, profile: Profile) -> list[dict[str, Any]]:
             return [
                 {"steps": count, "guidance_scale": value}
                 for count, value in product((steps, 2 * steps), guided)
+            ]
+        case "untold":
+            return [
+                {"steps": steps, "blur": deviation, "guidance_scale": value}
+                for deviation, value in product((0.0, 1.0), (1.0, 2.0, 3.0))
             ]
         case "identity":
             return [{}]

@@ -294,7 +294,8 @@ def _frontier(found: Found) -> dict[str, Any]:
     """Every point of the tuned seed's sweeps, and whom ours dominates: see `frontier.measure`."""
     points, metrics = [], []
     for budget, table in found.items():
-        for method, entries in table.items():
+        # Ours cannot be said to dominate itself.
+        for method, entries in ((m, e) for m, e in table.items() if m not in budgets.VARIANTS):
             first = entries[0]
             for name, setting in first.record["points"].items():
                 scores = first.record["metrics"][name]

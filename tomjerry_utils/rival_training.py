@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tomjerry_utils import collect, foundation, gans, ldm
+from tomjerry_utils import collect, foundation, gans, ldm, untold
 from tomjerry_utils.autoencoder import load_autoencoder
-from tomjerry_utils.budgets import EXPERT_SHARE, FOLDER, course_seconds
+from tomjerry_utils.budgets import EXPERT_SHARE, FOLDER, budget_seconds, course_seconds
 from tomjerry_utils.denoiser import Conditioner, load_denoiser, make_scheduler, save_denoiser
 from tomjerry_utils.painting import FINISHED
 from tomjerry_utils.profiles import Profile
@@ -125,7 +125,7 @@ def load_model(profile: Profile, folder: Path) -> Denoiser:
     return Denoiser(
         unet=unet.to(device).eval(),
         conditioner=conditioner.to(device).eval(),
-        vae=load_autoencoder(run_root(profile) / ldm.STAGE / FINISHED / "autoencoder").to(device),
+        vae=_autoencoder(profile, f"{FINISHED}/autoencoder"),
         scheduler=make_scheduler(profile.ldm.prediction_type),
     )
 
@@ -155,6 +155,39 @@ def _train_expert(
 def load_expert(folder: Path, profile: Profile) -> DomainExpert:
     expert = DomainExpert.from_pretrained(folder / "expert")
     return expert.to(pick_device(profile.device)).eval()
+
+
+# ---- ours, told nothing ------------------------------------------------------------------------
+
+
+def train_untold(profile: Profile, folder: Path) -> tuple[untold.Untold, float]:
+    """Ours without truth, and the seconds of training behind it: stage 04's decoder and its own."""
+    decoder = course_seconds(profile).get("04 decoder", 0.0)
+    allowed = budget_seconds(profile, "course") - profile.rivals.budget_share * decoder
+    note = folder / "untold.json"
+    if not note.is_file():
+        made, seconds = untold.fit(
+            training_pictures(profile, "cartoon"),
+            training_pictures(profile, "natural"),
+            _autoencoder(profile),
+            profile,
+            folder=folder / "training",
+            seconds=allowed,
+        )
+        made.save(folder / "untold")
+        write_json(note, {"seconds": seconds})
+        shutil.rmtree(folder / "training" / "checkpoint", ignore_errors=True)
+    return load_untold(profile, folder), decoder + float(read_json(note)["seconds"])
+
+
+def load_untold(profile: Profile, folder: Path) -> untold.Untold:
+    return untold.load(folder / "untold", _autoencoder(profile), profile.ldm.prediction_type)
+
+
+def _autoencoder(profile: Profile, name: str = "autoencoder") -> AutoencoderKL:
+    """Stage 04's: the foundation's, its decoder tuned on the course's pictures, and on no view."""
+    folder = run_root(profile) / ldm.STAGE / name
+    return load_autoencoder(folder).to(pick_device(profile.device))
 
 
 # ---- the adversarial rivals --------------------------------------------------------------------

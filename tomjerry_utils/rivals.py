@@ -4,7 +4,8 @@
   stage 05, on what they will ask of it (the class and nothing else); EGSDE gives a share of those
   to its realism expert;
 - CUT and CycleGAN start from nothing, on the course's training pictures; under the total budget on
-  the foundation's as well.
+  the foundation's as well;
+- ours without any truth from the scenes (:mod:`untold`) starts from stage 04's autoencoder alone.
 
 Each method, ours too, gets its trials on validation cartoons, and the best by the one score of
 :mod:`tuning` competes. A GAN's trial is a short training. Only the first training seed is tuned,
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tomjerry_utils import UserError, baselines, editing, gans, ldm, transfer
+from tomjerry_utils import UserError, baselines, editing, gans, ldm, transfer, untold
 from tomjerry_utils.budgets import (
     BUDGETS,
     DIFFUSION,
@@ -40,8 +41,10 @@ from tomjerry_utils.rival_training import (
     denoiser_folder,
     load_expert,
     load_model,
+    load_untold,
     train_diffusion,
     train_gan,
+    train_untold,
     training_pictures,
     weights_folder,
 )
@@ -78,6 +81,7 @@ class Rival:
     model: Denoiser | None = None
     expert: DomainExpert | None = None
     gan: gans.Gan | None = None
+    own: untold.Untold | None = None
 
     def translate(
         self,
@@ -99,13 +103,20 @@ class Rival:
         if self.gan is not None:
             names = baselines.read_classes(self.translator, images, given)
             return self.gan.translate(images), names
+        if self.own is not None:
+            options = {**setting, "steps": steps or setting["steps"]}
+            # The same camera as the translator's; its nets read classes for the report alone.
+            made = self.own.translate(
+                images, seed=seed, grain=self.translator.grain, numbers=numbers, **options
+            )
+            return made, baselines.read_classes(self.translator, images, given)
         if self.method == "ours":
             ours = self.translator
             ours = ours if scale is None else replace(ours, guidance_scale=scale)
-            made = ours.translate(
+            drawn = ours.translate(
                 images, given, seed=seed, steps=steps or setting.get("steps"), numbers=numbers
             )
-            return made.images, made.classes
+            return drawn.images, drawn.classes
         named = {f.name for f in fields(editing.Knobs)}
         changes = {name: value for name, value in setting.items() if name in named}
         own = editing.KNOBS.get(self.method, editing.Knobs())
@@ -157,7 +168,7 @@ class RivalRun:
 
     def open(self, translator: Translator) -> dict[str, Rival]:
         """The method at each of its points, by name."""
-        model, expert, gan = None, None, {}
+        model, expert, own, gan = None, None, None, {}
         if self.method in gans.KINDS:
             device = pick_device(self.profile.device)
             for name in self.points:
@@ -166,8 +177,10 @@ class RivalRun:
         elif self.method in DIFFUSION:
             model = load_model(self.profile, denoiser_folder(self.profile, self.method))
             expert = load_expert(self.folder, self.profile) if self.method == "egsde" else None
+        elif self.method == "untold":
+            own = load_untold(self.profile, self.folder)
         return {
-            name: Rival(self.method, translator, setting, model, expert, gan.get(name))
+            name: Rival(self.method, translator, setting, model, expert, gan.get(name), own)
             for name, setting in self.points.items()
         }
 
@@ -265,6 +278,8 @@ def _make(
     log(f"rivals: {TITLES[method]} under the budget '{budget}', {allowed:.0f} s")
     if method in DIFFUSION:
         rival.model, rival.expert, trained = train_diffusion(method, profile, folder)
+    elif method == "untold":
+        rival.own, trained = train_untold(profile, folder)
     elif method == "ours":
         parts = course_seconds(profile)
         trained = sum(seconds for name, seconds in parts.items() if name[:2] in ("04", "05"))
