@@ -194,7 +194,7 @@ def test_seed_ranges_do_not_overlap() -> None:
 @pytest.mark.parametrize(
     "name",
     ["ldm", "transfer", "structure", "blip", "denoiser", "training", "rivals", "rival_training",
-     "untold", "budgets", "tuning"],
+     "untold", "budgets", "tuning", "ablation_rows"],
 )  # fmt: skip
 def test_judges_do_not_teach(name: str) -> None:
     """No training, guidance or picking may call a judge."""

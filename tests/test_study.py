@@ -11,6 +11,8 @@ import pytest
 
 from tomjerry_utils import (
     UserError,
+    ablation,
+    ablation_rows,
     best_of_n,
     compare,
     contest,
@@ -21,6 +23,7 @@ from tomjerry_utils import (
     study,
     transfer,
 )
+from tomjerry_utils.kept_parts import Part, results_folder
 from tomjerry_utils.profiles import load_profile
 from tomjerry_utils.runs import read_json, write_json, write_jsonl
 
@@ -85,21 +88,6 @@ def test_one_more_run_falls_within_its_interval() -> None:
         inside.append(low <= more <= high)
     assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
     assert pooling.one_run([0.5]) is None
-
-
-def test_ablation_intervals_cover_the_mean_of_many_runs() -> None:
-    def rows(value: float) -> list[dict[str, Any]]:
-        probes = dict.fromkeys(study.PROBES, value)
-        return [{"row": "no source", "steps": 3, "n": 48, **probes}]
-
-    rng = np.random.default_rng(4)
-    covered = []
-    for _ in range(1000):
-        found = rng.binomial(48, np.clip(rng.normal(0.6, 0.05, 3), 0, 1)) / 48
-        row = study.ablation_table([rows(float(v)) for v in found])["no source"]["action"]
-        covered.append(row["ci95"][0] <= 0.6 <= row["ci95"][1])
-        assert row["value"] == pytest.approx(found.mean())
-    assert np.mean(covered) >= 0.93
 
 
 # ---- the tables --------------------------------------------------------------------------------
@@ -167,23 +155,28 @@ def made_up(tmp_path: Path, fresh_runs: Path, monkeypatch: pytest.MonkeyPatch) -
         asked["compare"].append((profile.name, profile.seed))
         return fake_run(tmp_path / "made" / profile.name, profile.seed, better=0.3)
 
-    def rows(profile: Any) -> list[dict[str, Any]]:
-        steps = profile.transfer.ablation_steps
-        return [
-            {"row": name, "steps": steps, "n": 48, **dict.fromkeys(study.PROBES, 0.2 + 0.1 * i)}
-            for i, name in enumerate(transfer.ABLATION)
-        ]
+    def trained(start: Any, name: str) -> Part:
+        points = ablation_rows.rows(start.profile)[name].points
+        scores = [dict.fromkeys(ablation_rows.SCORES, 0.5)] * len(points)
+        asked["ablation"].append((start.profile.seed, name))
+        record = {"steps": start.profile.transfer.steps, "seconds": 1.0, "scores": scores}
+        shape = (len(points), 3, 12)
+        return record, {"value": np.full(shape, 0.5), "chance": np.full(shape, 0.2)}
 
-    def ablate(profile: Any, before: Any, folder: Path, *, seed: int) -> list[dict[str, Any]]:
-        asked["ablation"].append((profile.transfer.ablation_steps, folder, seed))
-        return rows(profile)
+    def course(profile: Any) -> Part:
+        steps = profile.transfer.ablation_steps
+        return {
+            "rows": [
+                {"row": name, "steps": steps, "n": 48, **dict.fromkeys(study.PROBES, 0.2 + 0.1 * i)}
+                for i, name in enumerate(transfer.ABLATION)
+            ]
+        }, {}
 
     monkeypatch.setattr(compare, "ensure", ensure)
-    monkeypatch.setattr(
-        transfer, "ensure", lambda p: SimpleNamespace(ablation=rows(p), key=f"key{p.seed}")
-    )
-    monkeypatch.setattr(transfer, "ablate", ablate)
-    monkeypatch.setattr(ldm, "ensure", lambda profile: None)
+    monkeypatch.setattr(ablation, "make", trained)
+    monkeypatch.setattr(ablation, "_course", course)
+    monkeypatch.setattr(ablation, "_oracle", lambda start: ({}, {"value": np.ones((3, 12))}))
+    monkeypatch.setattr(ldm, "fingerprint", lambda *_: "weights")
 
     def run(variants: Any, folder: Path, *, write: Any) -> dict[str, Any]:
         asked["rivals"] = folder
@@ -219,13 +212,11 @@ def test_the_comparison_pools_seeds_and_scenes(made_up: dict[str, Any]) -> None:
 def test_the_ablation_has_short_and_full_rows(made_up: dict[str, Any]) -> None:
     (path,) = study.run_study(SMOKE, ["ablation"])
     table = read_json(path)
-    assert list(table["rows"]) == list(table["full"]) == list(transfer.ABLATION)
+    assert list(table["rows"]) == list(table["full"])[:7] == list(transfer.ABLATION)
     assert table["rows"]["no source"]["steps"] == SMOKE.transfer.ablation_steps
-    assert table["full"]["no source"]["steps"] == SMOKE.transfer.steps
-    assert [(steps, seed) for steps, _, seed in made_up["ablation"]] == [
-        (SMOKE.transfer.steps, seed) for seed in (0, 1, 2)
-    ]
-    assert len({folder for _, folder, _ in made_up["ablation"]}) == 3
+    assert {row["steps"] for row in table["full"].values()} == {SMOKE.transfer.steps}
+    trained = list(ablation_rows.rows(SMOKE))
+    assert made_up["ablation"] == [(seed, name) for seed in (0, 1, 2) for name in trained]
 
 
 def test_the_rivals_are_compared_over_all_training_seeds(made_up: dict[str, Any]) -> None:
@@ -235,7 +226,7 @@ def test_the_rivals_are_compared_over_all_training_seeds(made_up: dict[str, Any]
     assert (table["study"], table["n"], table["seeds"]) == ("rivals", 3, [0])
     assert set(table) >= {"date", "versions", "device", "settings", "seconds", "schema"}
     assert made_up["written"] == {**table, "missing": ["course/cut-seed1"]}
-    assert made_up["rivals"] == path.parent / "rivals" == study.results_folder(SMOKE) / "rivals"
+    assert made_up["rivals"] == path.parent / "rivals" == results_folder(SMOKE) / "rivals"
 
 
 # ---- files and figures -------------------------------------------------------------------------
@@ -348,6 +339,7 @@ def test_results_are_drawn_without_a_run(made_up: dict[str, Any], tmp_path: Path
     drawn = study.draw_results(folder)
     assert [path.stem for path in drawn] == [
         "study_comparison", *(f"study_ablation_{probe}" for probe in study.PROBES),
+        "study_ablation_sweeps",
     ]  # fmt: skip
     for path in drawn:
         assert path.parent == tmp_path / "figures" and path.stat().st_size > 1000

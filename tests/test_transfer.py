@@ -363,6 +363,13 @@ def test_a_probe_tells_kept_silhouettes_from_others(
         cartoons, np.roll(cartoons, 1, 0), rows, translator.describer, translator.net
     )
     assert mixed["silhouette_iou"] <= same["silhouette_iou"]
+    # Every output with every source: pairs that belong together are the probe, others the mixed.
+    pairs = transfer.probe_pairs(cartoons, cartoons, rows, translator.describer, translator.net)
+    for name, found in pairs.items():
+        assert found.shape == (5, 5)
+        assert found.diagonal().mean() == pytest.approx(same[name])
+        rolled = found[np.arange(5) - 1, np.arange(5)].mean()
+        assert rolled == pytest.approx(mixed[name])
 
 
 def test_what_never_may_be_consulted_is_never_imported() -> None:

@@ -15,17 +15,27 @@ from typing import Any
 
 import numpy as np
 
+from tomjerry_utils.profiles import DEFAULT, Profile
 from tomjerry_utils.runs import (
     atomic_path,
     environment,
     hash_file,
     hash_obj,
     log,
+    project_root,
     read_json,
+    run_root,
     write_json,
 )
 
 Part = tuple[dict[str, Any], dict[str, np.ndarray]]  # a record and its arrays
+
+
+def results_folder(profile: Profile) -> Path:
+    """Where a profile's studies write: the default's is `results/`, which the repository carries;
+    another's is in its own run."""
+    own = profile.name == DEFAULT
+    return project_root() / "results" if own else run_root(profile) / "results"
 
 
 def kept(path: Path, facts: Mapping[str, Any], make: Callable[[], Part]) -> Part:

@@ -4,9 +4,10 @@
 which the repository carries; the notebooks read them, say their date, and check that what they
 train live falls within.
 Each training seed has a run of its own (`runs/<profile>-seed<k>`), whose stages resume by
-themselves: a study that was killed goes on with the same command. The study of rivals, the longest,
-goes on without its runs too: each part of it that is finished stays in `results/rivals/`, small
-enough to be committed, and `results/rivals.json` says which parts are missing.
+themselves: a study that was killed goes on with the same command. The two longest go on without
+their runs too: what the tables need of each finished part of `ablation` and `contest` stays in
+`results/ablation/` and `results/rivals/`, small enough to be committed, and the tables say which
+parts are missing.
 
 What one finished course measured is kept too, in `results/<profile>/course.json`, so that its
 figures can be drawn where its run is not.
@@ -14,22 +15,21 @@ figures can be drawn where its run is not.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tomjerry_utils import UserError, baselines
-from tomjerry_utils.pooling import one_run, over_seeds, pooled_row, two_level
-from tomjerry_utils.profiles import DEFAULT, Profile
+from tomjerry_utils import UserError, ablation, baselines
+from tomjerry_utils.kept_parts import results_folder
+from tomjerry_utils.pooling import over_seeds, pooled_row, two_level
+from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import (
     PROVENANCE,
     environment,
-    hash_obj,
     log,
     project_root,
     read_json,
@@ -39,11 +39,11 @@ from tomjerry_utils.runs import (
 )
 
 TRAINING_SEEDS = 3
-PROBES = ("action", "facing", "silhouette_iou")  # of the ablation, see `transfer.probe`
+PROBES = ablation.PROBES
 
 
 def run_study(profile: Profile, names: Sequence[str] | None = None) -> list[Path]:
-    """Run studies and write their results.
+    """Run studies and write their results, the ablation's after each training seed.
 
     Args:
         profile: the first training seed is its own; its run is shared with the course.
@@ -63,14 +63,10 @@ def run_study(profile: Profile, names: Sequence[str] | None = None) -> list[Path
     for name in names or STUDIES:
         variants = training_seeds(profile)
         log(f"study {name}: training seeds {', '.join(str(v.seed) for v in variants)}")
-        written.append(_write(name, variants, STUDIES[name](variants)))
+        for table in STUDIES[name](variants):
+            path = _write(name, variants, table)
+        written.append(path)
     return written
-
-
-def results_folder(profile: Profile) -> Path:
-    """Where a profile's studies leave what they found: `results/`, or in the run; see above."""
-    own = profile.name == DEFAULT
-    return project_root() / "results" if own else run_root(profile) / "results"
 
 
 def _write(name: str, variants: Sequence[Profile], table: Mapping[str, Any]) -> Path:
@@ -182,58 +178,6 @@ def _by_scene(runs: Sequence[Any], method: str) -> dict[str, np.ndarray]:
     }
 
 
-# ---- the ablation ------------------------------------------------------------------------------
-
-
-def ablate_seeds(variants: Sequence[Profile]) -> dict[str, Any]:
-    """Every row of stage 05's ablation over the training seeds.
-
-    Returns:
-        `rows`, as the course trains them (few steps); `full`, as long as the translator itself;
-        each with its steps, and row → probe → value, ci95, one_run95, by_seed.
-    """
-    from tomjerry_utils import ldm, transfer
-
-    short, full = [], []
-    for variant in variants:
-        made = transfer.ensure(variant)
-        short.append(made.ablation)
-        options = variant.transfer.model_copy(update={"ablation_steps": variant.transfer.steps})
-        longer = variant.model_copy(update={"transfer": options})
-        key = hash_obj([made.key, options.ablation_steps])
-        folder = run_root(variant) / "study" / f"ablation_{key}"
-        full.append(transfer.ablate(longer, ldm.ensure(variant), folder, seed=variant.seed))
-    return {"rows": ablation_table(short), "full": ablation_table(full)}
-
-
-def ablation_table(tables: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Mean and intervals of the same ablation rows over training seeds.
-
-    `ci95` is of the mean over seeds: the spread of the seeds, and that of the few pictures.
-    """
-    from scipy.stats import t
-
-    out: dict[str, Any] = {}
-    for rows in zip(*tables, strict=True):
-        found: dict[str, Any] = {"steps": rows[0]["steps"], "n": rows[0]["n"]}
-        for probe in PROBES:
-            values = [float(row[probe]) for row in rows]
-            mean, count = float(np.mean(values)), len(values)
-            seeds = np.var(values, ddof=1) / count if count > 1 else 0.0
-            # All probes lie in [0, 1], where p(1 − p) bounds a picture's variance.
-            pictures = mean * (1 - mean) / rows[0]["n"]
-            factor = float(t.ppf(0.975, count - 1)) if count > 1 else 1.96
-            reach = math.sqrt(factor**2 * seeds + 1.96**2 * pictures)
-            found[probe] = {
-                "value": mean,
-                "ci95": [max(0.0, mean - reach), min(1.0, mean + reach)],
-                "one_run95": one_run(values),
-                "by_seed": values,
-            }
-        out[rows[0]["row"]] = found
-    return out
-
-
 # ---- the rivals --------------------------------------------------------------------------------
 
 
@@ -248,10 +192,11 @@ def rival_seeds(variants: Sequence[Profile]) -> dict[str, Any]:
     return contest.run(variants, folder, write=partial(_write, "rivals", variants))
 
 
-STUDIES: dict[str, Callable[[Sequence[Profile]], dict[str, Any]]] = {
-    "compare": compare_seeds,
-    "ablation": ablate_seeds,
-    "rivals": rival_seeds,
+# Each gives its table, and may give those of its first training seeds on the way.
+STUDIES: dict[str, Callable[[Sequence[Profile]], Iterable[dict[str, Any]]]] = {
+    "compare": lambda variants: [compare_seeds(variants)],
+    "ablation": ablation.ablate_seeds,
+    "rivals": lambda variants: [rival_seeds(variants)],
 }
 
 
@@ -369,37 +314,11 @@ def draw_results(folder: Path) -> list[Path]:
         ]  # fmt: skip
     if (folder / "ablation.json").is_file():
         table = read_json(folder / "ablation.json")
-        for probe in PROBES:
-            path = save_figure(
-                ablation_figure(table, probe), f"study_ablation_{probe}", run=root,
-                alt=f"Ablation: {_PROBE_LABELS[probe]} for each row, from no source at all to the "
-                "whole method, with 95 % intervals over training seeds.",
-                extra={"date": table["date"], "seeds": table["seeds"]}, show=False,
-            )  # fmt: skip
-            drawn.append(path.with_suffix(".pdf"))
+        drawn += [
+            save_figure(
+                figure, f"study_{name}", alt=alt, run=root, show=False,
+                extra={"date": table["date"], "seeds": table["seeds"]},
+            ).with_suffix(".pdf")
+            for name, (figure, alt) in ablation.drawings(table).items()
+        ]  # fmt: skip
     return drawn
-
-
-_PROBE_LABELS = {
-    "action": "action kept",
-    "facing": "direction kept",
-    "silhouette_iou": "silhouettes' overlap with the source",
-}
-
-
-def ablation_figure(table: Mapping[str, Any], probe: str = "action") -> Any:
-    """One probe of an ablation study for each row, with its interval.
-
-    Args:
-        table: from `results("ablation")`.
-        probe: of :data:`PROBES`.
-    """
-    from tomjerry_utils.figures import intervals
-
-    rows = table["full"]
-    steps = next(iter(rows.values()))["steps"]
-    return intervals(
-        {name: (row[probe]["value"], *row[probe]["ci95"]) for name, row in rows.items()},
-        label=f"{_PROBE_LABELS[probe]}, higher is better ({steps} steps a row)",
-        highlight=[list(rows)[-1]],
-    )

@@ -389,44 +389,21 @@ def ablate(
     pictures = collect.ensure(profile)
     rows = pictures.select(domain="cartoon", split="validation", source="scenes")[:48]
     images = pictures.images(rows, profile.image_size)
-    clothes = wardrobe(before.natural)
     out = []
     fitted = fit_posture(before, profile)
-    for name, (attention, use_view, use_posture, with_blip, source) in ABLATION.items():
+    for name in ABLATION:
         target = row_folder(folder, name)
         if not (target / "row.json").is_file():
-            unet, conditioner, result = train_row(
+            translator, result = ablation_row(
+                name,
+                profile,
                 before,
                 described.blip,
-                profile,
+                fitted,
                 folder=target,
                 steps=profile.transfer.ablation_steps,
-                attention=attention,
-                use_view=use_view,
-                use_posture=use_posture,
-                blip_weight=profile.transfer.blip_weight if with_blip else 0.0,
-                source=source,
                 seed=seed,
             )
-            net = structure.load_structure(model_source(profile.transfer.structure)).to(unet.device)
-            options = profile.transfer
-            translator = Translator(
-                unet,
-                conditioner,
-                before.scheduler,
-                before.vae,
-                net,
-                described.blip,
-                profile.image_size,
-                options.sample_steps,
-                options.guidance_scale,
-                blip_variant=options.blip_variant,
-                wardrobe=clothes,
-                posture=fitted.to(unet.device) if use_posture else None,
-            )
-            if not use_view:
-                translator = _Blind(**vars(translator))
-                translator.told = source == "own"
             made = translator.translate(images, seed=seed).images
             np.savez(target / "pictures.npz", source=images[:6], made=made[:6])
             write_json(
@@ -438,12 +415,79 @@ def ablate(
                     "seconds": round(result.seconds, 1),
                     "n": len(images),
                     "seed": seed,
-                    **probe(made, images, rows, described.blip, net),
+                    **probe(made, images, rows, described.blip, translator.net),
                 },
             )
-            del unet, conditioner, translator
+            del translator
         out.append(read_json(target / "row.json"))
     return out
+
+
+def ablation_row(
+    name: str,
+    profile: Profile,
+    before: ldm.LdmRun,
+    describer: blip.Blip,
+    nets: posture.Posture,
+    *,
+    folder: Path,
+    steps: int,
+    seed: int,
+) -> tuple[Translator, TrainResult]:
+    """Train one row of :data:`ABLATION`; BLIP weight and variant are the profile's.
+
+    Args:
+        nets: from :func:`fit_posture`, for the rows that have them.
+        folder: of the training; one that is finished there is read.
+
+    Returns:
+        A translator that is told what the row learnt with, and no more; unfinished, without grain.
+    """
+    attention, use_view, use_posture, with_blip, source = ABLATION[name]
+    unet, conditioner, result = train_row(
+        before,
+        describer,
+        profile,
+        folder=folder,
+        steps=steps,
+        attention=attention,
+        use_view=use_view,
+        use_posture=use_posture,
+        blip_weight=profile.transfer.blip_weight if with_blip else 0.0,
+        source=source,
+        seed=seed,
+    )
+    posed = nets if use_posture else None
+    translator = assemble(profile, before, describer, unet, conditioner, posed)
+    if not use_view:
+        translator = _Blind(**vars(translator), told=source == "own")
+    return translator, result
+
+
+def assemble(
+    profile: Profile,
+    before: ldm.LdmRun,
+    describer: blip.Blip,
+    unet: UNet2DConditionModel,
+    conditioner: Conditioner,
+    nets: posture.Posture | None,
+) -> Translator:
+    """A translator of these models, with stage 04's autoencoder as it is."""
+    options = profile.transfer
+    return Translator(
+        unet,
+        conditioner,
+        before.scheduler,
+        before.vae,
+        structure.load_structure(model_source(options.structure)).to(unet.device),
+        describer,
+        profile.image_size,
+        options.sample_steps,
+        options.guidance_scale,
+        blip_variant=options.blip_variant,
+        wardrobe=wardrobe(before.natural),
+        posture=nets and nets.to(unet.device),
+    )
 
 
 def row_folder(folder: Path, name: str) -> Path:
@@ -451,10 +495,11 @@ def row_folder(folder: Path, name: str) -> Path:
     return folder / name.replace(" ", "_").replace("+", "with")
 
 
+@dataclass(eq=False)
 class _Blind(Translator):
     """A translator without the structure path: the view reaches only the attention."""
 
-    told = True  # whether it gets the caption
+    told: bool = True  # whether it gets the caption
 
     def conditions(
         self, images: np.ndarray, classes: Sequence[str | None] | None, **draw: Any
@@ -475,25 +520,47 @@ def probe(
     describer: blip.Blip,
     net: structure.StructureNet,
 ) -> dict[str, float]:
-    """What an output keeps of its source, by our own models: action, facing, silhouette."""
-    written = [blip.caption_slots(text) for text in describer.generate(made)]
+    """What an output keeps of its source, by our own models: action, facing, silhouette.
+
+    Args:
+        made, sources: (N, S, S, 3) uint8.
+        rows: `text` and `facing` of each source.
+    """
+    pairs = probe_pairs(made, sources, rows, describer, net)
+    return {name: float(table.diagonal().mean()) for name, table in pairs.items()}
+
+
+def probe_pairs(
+    made: np.ndarray,
+    sources: np.ndarray,
+    rows: Sequence[dict[str, Any]],
+    describer: blip.Blip,
+    net: structure.StructureNet,
+) -> dict[str, np.ndarray]:
+    """What each output has in common with each source, as of :func:`probe`: name → (N, N).
+
+    Output i and source j: 1 where the action is named, 1 where the direction is named, and the
+    overlap of the silhouettes. Off the diagonal is what has nothing to do with each other.
+    """
     grid = (sources.shape[1] // 4, sources.shape[2] // 4)
     masks = []
-    for images in (sources, made):
+    for images in (made, sources):
         _, maps = structure.look(net, torch.from_numpy(images), grid)
-        masks.append(maps[:, structure.FIRST_ANIMAL_PART : structure.MOUSE].sum(1) > 0.5)
-    overlap = (masks[0] & masks[1]).sum((1, 2)) / (masks[0] | masks[1]).sum((1, 2)).clamp(min=1)
-    facing = np.mean([w["direction"] == r["facing"] for w, r in zip(written, rows, strict=True)])
-    action = np.mean([_same_action(w["action"], r) for w, r in zip(written, rows, strict=True)])
-    return {
-        "action": float(action),
-        "facing": float(facing),
-        "silhouette_iou": float(overlap.mean()),
+        animal = maps[:, structure.FIRST_ANIMAL_PART : structure.MOUSE].sum(1) > 0.5
+        masks.append(animal.flatten(1).float())
+    common = masks[0] @ masks[1].T
+    either = masks[0].sum(1)[:, None] + masks[1].sum(1) - common
+    written = [blip.caption_slots(text) for text in describer.generate(made)]
+    named = {
+        "action": [blip.caption_slots(row["text"])["action"] for row in rows],
+        "facing": [row["facing"] for row in rows],
     }
-
-
-def _same_action(written: str | None, row: dict[str, Any]) -> bool:
-    return written is not None and written == blip.caption_slots(row["text"])["action"]
+    said = {"action": [w["action"] for w in written], "facing": [w["direction"] for w in written]}
+    tables = {
+        probe: np.array([[w is not None and w == t for t in named[probe]] for w in words], float)
+        for probe, words in said.items()
+    }
+    return {**tables, "silhouette_iou": (common / either.clamp(min=1)).double().numpy()}
 
 
 def _reference(before: ldm.LdmRun, profile: Profile) -> dict[str, Any]:
