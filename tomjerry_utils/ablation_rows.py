@@ -90,7 +90,7 @@ def cartoon_seeds(profile: Profile) -> range:
 
 def origin(profile: Profile) -> dict[str, Any]:
     """What all rows of a training seed come from, as every machine would have it, run or no run."""
-    model, later = profile.ldm, ("ablation_steps", "finishing")  # than what a row is
+    model = profile.ldm
     return {
         "seed": profile.seed,
         "image_size": profile.image_size,
@@ -103,7 +103,7 @@ def origin(profile: Profile) -> dict[str, Any]:
         "transfer": {
             name: value
             for name, value in profile.transfer.named().items()
-            if not name.startswith(later)
+            if name != "ablation_steps"  # the course's own rows, not these
         },
         "weights": {
             "blip": ldm.fingerprint(profile.blip.pretrained),
