@@ -382,11 +382,11 @@ def test_requests_run_together_but_not_beyond_the_limit(server: Server, tmp_path
         if server.together == 6:
             six.set()
         if len(server.requests) > 1:
-            six.wait(30)
+            six.wait(300)
         return ANSWER
 
     server.answer = answer
-    run(server, images, tmp_path / "out", concurrency=6)
+    run(server, images, tmp_path / "out", concurrency=6, timeout=600)
     assert server.most_together == 6
 
 
