@@ -34,6 +34,7 @@ from torch import Tensor
 from tomjerry_utils.autoencoder import decode, encode_all, factor_of
 from tomjerry_utils.denoiser import make_scheduler, weighted_loss
 from tomjerry_utils.images import add_grain, to_uint8
+from tomjerry_utils.latents import PIXELS_AT_ONCE
 from tomjerry_utils.runs import atomic_dir
 from tomjerry_utils.sampling import timetable
 from tomjerry_utils.training import apply_ema, train
@@ -81,15 +82,15 @@ def look(images: np.ndarray, grid: tuple[int, int], batch_size: int = 64) -> Ten
 
 def _look(images: Tensor, grid: tuple[int, int]) -> Tensor:
     pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    fine = (2 * grid[0], 2 * grid[1])
-    small = F.interpolate(pixels, size=fine, mode="area")
+    pixels = F.interpolate(pixels, size=(4 * grid[0], 4 * grid[1]), mode="area")
+    small = F.avg_pool2d(pixels, 2)
     # Two thirds of the strongest contrast are enough for a figure, and a hole in it belongs to it.
     figure = _closed((1.5 * _scaled(_unlike_rim(pixels))).clamp(max=1))
-    figure = F.interpolate(figure, size=fine, mode="area")
+    figure = F.avg_pool2d(figure, 2)
     maps = [figure]
     for scale in SCALES:
-        grey = blur(pixels.mean(1, keepdim=True), scale * pixels.shape[-1] / grid[1])
-        maps.append(_scaled(F.adaptive_max_pool2d(_gradient(grey), fine)))
+        grey = blur(pixels.mean(1, keepdim=True), 4 * scale)
+        maps.append(_scaled(F.max_pool2d(_gradient(grey), 2)))
     coat = torch.cat(_moments(figure, small), 1)[:, :, None, None].expand(-1, -1, *grid)
     behind = F.adaptive_avg_pool2d((1 - figure) * small, TONE_CELLS)
     weight = F.adaptive_avg_pool2d(1 - figure, TONE_CELLS)
@@ -359,12 +360,14 @@ def fit(
         The translator with averaged weights, and the seconds of training.
     """
     natural = np.concatenate([natural, natural[:, :, ::-1]])
-    latents = encode_all(vae, torch.from_numpy(natural))
+    at_once = min(64, max(1, PIXELS_AT_ONCE // natural[0, ..., 0].size))
+    latents = encode_all(vae, torch.from_numpy(natural), at_once)
     grid = (latents.shape[-2], latents.shape[-1])
     seen = look(natural, grid)
     statistics = Statistics.measure(look(cartoon, grid), seen)
     views = statistics.standardise(seen, "natural")
     wardrobe = torch.cat([views[:, MAPS:-3, 0, 0], views[:, -3:].mean((2, 3))], 1)
+    views = views.half()
     scheduler = make_scheduler(profile.ldm.prediction_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(profile.seed)
@@ -373,7 +376,7 @@ def fit(
     def batches(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         index = torch.randint(len(latents), (BATCH_SIZE,), generator=generator)
         size = (BATCH_SIZE, 1, 1, 1)
-        view = soften(views[index], BLUR * torch.rand(BATCH_SIZE, generator=generator))
+        view = soften(views[index].float(), BLUR * torch.rand(BATCH_SIZE, generator=generator))
         shake = NOISE * torch.rand(size, generator=generator)
         view = view + shake * torch.randn(view.shape, generator=generator)
         return latents[index], view * (torch.rand(size, generator=generator) >= DROPPED)
