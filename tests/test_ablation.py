@@ -90,6 +90,7 @@ def start() -> Start:
     before = SimpleNamespace(
         unet=plain.unet, conditioner=plain.conditioner, vae=lent.vae, key="tiny",
         scheduler=make_scheduler("sample"), cartoon=sets["cartoon"], natural=sets["natural"],
+        posed=sets["natural"].views,
     )  # fmt: skip
     found = Start(SMOKE)
     # What is there already is not opened.
@@ -108,7 +109,6 @@ def test_a_row_is_trained_with_its_own_term_and_read_under_each_guidance(
         return real(before, describer, profile, **options)
 
     monkeypatch.setattr(transfer, "train_row", watched)
-    monkeypatch.setattr(transfer, "posed_views", lambda data, profile: data.views)
     monkeypatch.setattr(ablation_rows, "training_pictures", lambda *_: tiny.pictures("natural", 4))
     record, arrays = ablation_rows.make(start, WHOLE)
     count = SMOKE.compare.test_scenes
@@ -290,8 +290,8 @@ def test_the_table_is_made_again_where_nothing_has_run(
     *_, again = ablation.ablate_seeds(variants)
     assert made == [] and again == first
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["smoke"]
-    # Another length of the training makes the rows anew, and what has none of it not.
-    *_, _ = ablation.ablate_seeds([changed(SMOKE, finishing_steps=9)])
+    # How long the course trains its rows says nothing of these.
+    *_, _ = ablation.ablate_seeds([changed(SMOKE, ablation_steps=9)])
     assert made == [(0, "course")]
 
 
