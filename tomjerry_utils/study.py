@@ -50,8 +50,7 @@ def run_study(profile: Profile, names: Sequence[str] | None = None) -> list[Path
         names: of :data:`STUDIES`; None for all.
 
     Returns:
-        The files: in `results/` at the default profile, which is the one that the repository
-        carries; in the profile's own run folder otherwise.
+        The files, in :func:`results_folder`.
 
     Raises:
         UserError: an unknown name.
@@ -68,7 +67,8 @@ def run_study(profile: Profile, names: Sequence[str] | None = None) -> list[Path
 
 
 def results_folder(profile: Profile) -> Path:
-    """Where a profile's studies leave what they found: `results/`, or in the run; see above."""
+    """Where studies leave what they found: in `results/` at the default profile, whose results the
+    repository carries; in the profile's own run folder otherwise."""
     own = profile.name == DEFAULT
     return project_root() / "results" if own else run_root(profile) / "results"
 
