@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from tomjerry_utils import __version__
+from tomjerry_utils import __version__, u2net
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import (
     PROVENANCE,
@@ -50,6 +50,7 @@ def examine(profile: Profile) -> list[Finding]:
         *_hardware(profile),
         *_libraries(),
         *_weights(),
+        _silhouettes(),
         *_keys(),
         _run(profile),
         suggest_profile(),
@@ -174,6 +175,16 @@ def _weights() -> Iterator[Finding]:
 def _promised(folder: Path) -> dict[str, int]:
     path = folder / PROVENANCE
     return dict(read_json(path).get("bytes", {})) if path.is_file() else {}
+
+
+def _silhouettes() -> Finding:
+    there = u2net.is_there()
+    return Finding(
+        "U²-Net-p",
+        f"{'in' if there else 'not in'} {u2net.place().parent}",
+        "ok" if there else "note",
+        "" if there else "only needed by `tomjerry translate --silhouette`, which fetches it",
+    )
 
 
 def _keys() -> Iterator[Finding]:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tomjerry_utils import structure
+from tomjerry_utils import silhouette, structure
 from tomjerry_utils.autoencoder import decode, encode_all, factor_of
 from tomjerry_utils.denoiser import Batch
 from tomjerry_utils.faithfulness import NATURAL, Dial
@@ -81,6 +81,12 @@ class Layout:
         parts = self.cut(torch.from_numpy(image).permute(2, 0, 1))
         return parts.permute(0, 2, 3, 1).contiguous().numpy()
 
+    def outlines(self, outline: np.ndarray | None) -> list[np.ndarray] | None:
+        """The squares (S, S) of a picture's outline (H, W), if it has one."""
+        if outline is None:
+            return None
+        return [square.numpy() for square in self.cut(torch.from_numpy(outline)[None])[:, 0]]
+
     def join(self, squares: Tensor) -> Tensor:
         """The picture of such squares, each with its share: `join(cut(x))` is x."""
         side = squares.shape[-1]
@@ -92,17 +98,18 @@ class Layout:
         return wide.transpose(-1, -2) if self.tall else wide
 
 
-def lay_out(translator: Translator, image: np.ndarray) -> Layout:
+def lay_out(translator: Translator, image: np.ndarray, outline: np.ndarray | None = None) -> Layout:
     """Where the squares lie in a picture, and whom it shows.
 
     Args:
         image: (H, W, 3) uint8, the shorter side at the translator's size, the longer a multiple
             of what one latent covers (:func:`pad`).
+        outline: (H, W) in [0, 1], of the animals; None leaves it to the segmenter to find them.
     """
     size, step = translator.size, factor_of(translator.vae)
     length, tall = max(image.shape[:2]), image.shape[0] > image.shape[1]
     even = Layout(size, length, tall, _cover([], length, size, step, overlap=size // 2))
-    maps = _look(translator, even.squares(image))[1]
+    maps = _look(translator, even.squares(image), even.outlines(outline))[1]
     animal = maps[:, FIRST_ANIMAL_PART:MOUSE].sum(1).mean(-1 if tall else -2)
     columns = F.interpolate(animal[:, None], size=size, mode="linear")[:, 0] * even.shares
     mass = np.zeros(length)
@@ -111,14 +118,15 @@ def lay_out(translator: Translator, image: np.ndarray) -> Layout:
     leading = _on_animals(mass, size, step)
     starts = _cover(leading, length, size, step, overlap=size // 4)
     layout = Layout(size, length, tall, starts, leading=len(leading))
-    layout.own = structure.classify(_look(translator, layout.squares(image)[: len(leading)])[1])
+    own, given = layout.squares(image)[: len(leading)], layout.outlines(outline)
+    layout.own = structure.classify(_look(translator, own, given and given[: len(leading)])[1])
     return layout
 
 
 def pad(image: np.ndarray, step: int) -> np.ndarray:
-    """A picture whose edges are multiples of `step`: its last pixels, repeated."""
+    """A picture or outline whose edges are multiples of `step`: its last pixels, repeated."""
     down, right = (-edge % step for edge in image.shape[:2])
-    return np.pad(image, ((0, down), (0, right), (0, 0)), mode="edge")
+    return np.pad(image, ((0, down), (0, right), (0, 0))[: image.ndim], mode="edge")
 
 
 def translate(
@@ -132,6 +140,7 @@ def translate(
     seed: int = 0,
     steps: int | None = None,
     faithfulness: float | None = None,
+    outline: np.ndarray | None = None,
 ) -> np.ndarray:
     """Translate a picture of any shape.
 
@@ -142,6 +151,7 @@ def translate(
             neighbours: its squares are joined as pixels.
         number, seed: noise, coats and grain depend on these alone.
         faithfulness: as `Translator.translate` takes it; a rival has none.
+        outline: as for :func:`lay_out`; a rival has none.
 
     Returns:
         A picture of the same shape.
@@ -154,7 +164,14 @@ def translate(
         return to_uint8(layout.join(to_tensor(made)))[0]
     dial = Dial.at(faithfulness)
     batch, captions = _conditions(
-        translator, squares, layout, cls, seed=seed, number=number, dial=dial
+        translator,
+        squares,
+        layout,
+        cls,
+        seed=seed,
+        number=number,
+        dial=dial,
+        outlines=layout.outlines(outline),
     )
     start, (steps, strength) = None, dial.begin(steps or translator.steps)
     if strength < 1:
@@ -277,6 +294,7 @@ def _conditions(
     seed: int,
     number: int,
     dial: Dial = NATURAL,
+    outlines: Sequence[np.ndarray] | None = None,
 ) -> tuple[Batch, list[str]]:
     """Conditions and captions of all squares of a picture.
 
@@ -287,11 +305,16 @@ def _conditions(
     # Tom here and Jerry there are both, but neither square shows both.
     names = layout.own if cls == layout.cls else [cls] * leading
     told = translator.conditions(
-        squares[:leading], names, seed=seed, numbers=[number] * leading, dial=dial
+        squares[:leading],
+        names,
+        seed=seed,
+        numbers=[number] * leading,
+        dial=dial,
+        outlines=outlines and outlines[:leading],
     )
     seen, view = told.batch, told.batch.view
     if beside:
-        found = _look(translator, squares[leading:])[0]
+        found = _look(translator, squares[leading:], outlines and outlines[leading:])[0]
         found = dial.turn(
             translator.standardise(found, "cartoon"), translator.standardise(found, "natural")
         )
@@ -310,7 +333,9 @@ def _conditions(
     return batch, [told.captions[row] for row in rows]
 
 
-def _look(translator: Translator, squares: np.ndarray) -> tuple[Tensor, Tensor]:
-    """`structure.look` at squares (k, s, s, 3) uint8."""
+def _look(
+    translator: Translator, squares: np.ndarray, outlines: Sequence[np.ndarray] | None
+) -> tuple[Tensor, Tensor]:
+    """`silhouette.look` at squares (k, s, s, 3) uint8."""
     cells = translator.size // factor_of(translator.vae)
-    return structure.look(translator.net, torch.from_numpy(squares), (cells, cells))
+    return silhouette.look(translator.net, torch.from_numpy(squares), (cells, cells), outlines)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tomjerry_utils import UserError, budgets, panorama, rivals, transfer
+from tomjerry_utils import UserError, budgets, panorama, rivals, silhouette, transfer, u2net
 from tomjerry_utils.autoencoder import factor_of
 from tomjerry_utils.faithfulness import Dial
 from tomjerry_utils.images import list_images, load_image, resize, resize_short, save_image
@@ -81,6 +81,7 @@ def translate_files(
     weights: Path | None = None,
     overwrite: bool = False,
     faithfulness: float | None = None,
+    silhouettes: bool = False,
 ) -> list[dict[str, Any]]:
     """Translate pictures and folders for `tomjerry translate`.
 
@@ -97,16 +98,23 @@ def translate_files(
         overwrite: make outputs anew that are there; without it they are kept.
         faithfulness: from 0, as real as can be, to 1, as drawn as can be; None leaves the dial
             alone, and out of the report.
+        silhouettes: pictures farther from training than `silhouette.FAR` keep the outlines that
+            U²-Net-p sees in them, if any; the report says which did.
 
     Raises:
         UserError: a missing or unreadable input, one longer than :data:`panorama.LONGEST` times its
             shorter side, two pictures with one output, no weights, an unknown method or size, a
-            faithfulness outside 0 … 1 or for a rival, which has no such dial.
+            faithfulness outside 0 … 1; a faithfulness or silhouettes for a rival, which has
+            neither; silhouettes whose net is not there and cannot be fetched.
     """
     Dial.at(faithfulness)
     if faithfulness is not None and method != "ours":
         raise UserError(
             f"--faithfulness turns our own method alone: leave it or --method {method} out"
+        )
+    if silhouettes and method != "ours":
+        raise UserError(
+            f"--silhouette goes with our own method alone: leave it or --method {method} out"
         )
     path, line = find_weights(profile, weights)
     log(line)
@@ -126,6 +134,8 @@ def translate_files(
         raise UserError(f"--steps {steps}: the noise schedule has {longest}; give no more")
     for source in dict.fromkeys(job.source for job in jobs):
         _read(source, translator.size)
+    if silhouettes:
+        u2net.weights()
     reference = read_json(path / "translator.json")["reference"]
     out.mkdir(parents=True, exist_ok=True)
     written = out / "report.jsonl"
@@ -140,17 +150,26 @@ def translate_files(
             pictures, edges = zip(
                 *(_read(job.source, translator.size) for job in some), strict=True
             )
+            layouts = [_lay_out(translator, picture) for picture in pictures]
+            far = distance(_read_from(translator, pictures, layouts), reference)
+            outlines = [
+                silhouette.outline(load_image(job.source), picture.shape[:2])
+                if silhouettes and d > silhouette.FAR
+                else None
+                for job, picture, d in zip(some, pictures, far, strict=True)
+            ]
             made = _translate(
                 translator,
                 pictures,
                 [None if cls == "auto" else cls] * len(some),
+                layouts,
+                outlines,
                 rival=rival,
                 steps=steps,
                 seed=seed,
                 numbers=[_number(x, job.sample) for x, job in zip(pictures, some, strict=True)],
                 faithfulness=faithfulness,
             )
-            far = distance(np.stack([each.square for each in made]), reference)
             new = [
                 {
                     "file": str(job.source),
@@ -159,8 +178,9 @@ def translate_files(
                     "distance": round(float(d), 3),
                     "seconds": round(each.seconds, 4),
                     **({} if faithfulness is None else {"faithfulness": faithfulness}),
+                    **({"silhouette": outline is not None} if silhouettes else {}),
                 }
-                for job, each, d in zip(some, made, far, strict=True)
+                for job, each, d, outline in zip(some, made, far, outlines, strict=True)
             ]
             rows |= {job.key: row for job, row in zip(some, new, strict=True)}
             write_jsonl(written, rows.values())
@@ -169,6 +189,9 @@ def translate_files(
                 save_image(job.target, picture)
             report += new
             shown.update(len(some))
+    unlike = sum(row["distance"] > silhouette.FAR for row in report)
+    if unlike and method == "ours" and not silhouettes:
+        log(f"{unlike} pictures are far from training: --silhouette would keep their outlines")
     return report
 
 
@@ -190,11 +213,10 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Made:
-    """A translation; `square` is the part of its source that its class is read from."""
+    """A translation."""
 
     picture: np.ndarray
     cls: str
-    square: np.ndarray
     seconds: float
 
 
@@ -255,10 +277,34 @@ def _number(picture: np.ndarray, sample: int) -> int:
     return int.from_bytes(sha256(picture.tobytes() + more).digest()[:4])
 
 
+def _lay_out(translator: Translator, picture: np.ndarray) -> panorama.Layout | None:
+    """Where the squares lie in a picture that is none itself."""
+    if picture.shape[0] == picture.shape[1]:
+        return None
+    return panorama.lay_out(translator, panorama.pad(picture, factor_of(translator.vae)))
+
+
+def _read_from(
+    translator: Translator,
+    pictures: Sequence[np.ndarray],
+    layouts: Sequence[panorama.Layout | None],
+) -> np.ndarray:
+    """The squares (N, S, S, 3) that the pictures' classes are read from."""
+    step = factor_of(translator.vae)
+    return np.stack(
+        [
+            picture if layout is None else layout.squares(panorama.pad(picture, step))[0]
+            for picture, layout in zip(pictures, layouts, strict=True)
+        ]
+    )
+
+
 def _translate(
     translator: Translator,
     pictures: Sequence[np.ndarray],
     classes: Sequence[str | None],
+    layouts: Sequence[panorama.Layout | None],
+    outlines: Sequence[np.ndarray | None],
     *,
     rival: rivals.Rival | None,
     steps: int | None,
@@ -268,25 +314,36 @@ def _translate(
 ) -> list[_Made]:
     """Translate pictures whose shorter side has the translator's size; squares go together."""
     made: dict[int, _Made] = {}
-    square = [i for i, x in enumerate(pictures) if x.shape[0] == x.shape[1]]
+    square = [i for i, layout in enumerate(layouts) if layout is None]
     if square:
         begun = time.monotonic()
         options: dict[str, Any] = {"seed": seed, "steps": steps}
         options["numbers"] = [numbers[i] for i in square]
         images, given = np.stack([pictures[i] for i in square]), [classes[i] for i in square]
         if rival is None:
-            translation = translator.translate(images, given, faithfulness=faithfulness, **options)
+            translation = translator.translate(
+                images,
+                given,
+                faithfulness=faithfulness,
+                outlines=[outlines[i] for i in square],
+                **options,
+            )
             results, names = translation.images, translation.classes
         else:
             results, names = rival.translate(images, given, **options)
         each = (time.monotonic() - begun) / len(square)
         for i, picture, name in zip(square, results, names, strict=True):
-            made[i] = _Made(picture, name, pictures[i], each)
-    for i in (i for i in range(len(pictures)) if i not in made):
+            made[i] = _Made(picture, name, each)
+    for i, layout in enumerate(layouts):
+        if layout is None:
+            continue
         begun = time.monotonic()
         height, width = pictures[i].shape[:2]
         padded = panorama.pad(pictures[i], factor_of(translator.vae))
-        layout = panorama.lay_out(translator, padded)
+        outline = outlines[i]
+        if outline is not None:
+            outline = panorama.pad(outline, factor_of(translator.vae))
+            layout = panorama.lay_out(translator, padded, outline)
         name = classes[i] or layout.cls
         picture = panorama.translate(
             translator,
@@ -298,11 +355,7 @@ def _translate(
             steps=steps,
             number=numbers[i],
             faithfulness=faithfulness,
+            outline=outline,
         )
-        made[i] = _Made(
-            picture[:height, :width],
-            name,
-            layout.squares(padded)[0],
-            time.monotonic() - begun,
-        )
+        made[i] = _Made(picture[:height, :width], name, time.monotonic() - begun)
     return [made[i] for i in range(len(pictures))]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tomjerry_utils import UserError, blip, ldm, posture, scenes, structure
+from tomjerry_utils import UserError, blip, ldm, posture, scenes, silhouette, structure
 from tomjerry_utils.autoencoder import decode, encode_all, factor_of, load_autoencoder
 from tomjerry_utils.denoiser import Batch, Conditioner, load_denoiser, make_scheduler
 from tomjerry_utils.faithfulness import NATURAL, Dial
@@ -64,6 +64,7 @@ class Translator:
         strength: float = 1.0,
         numbers: Sequence[int] | None = None,
         faithfulness: float | None = None,
+        outlines: Sequence[np.ndarray | None] | None = None,
     ) -> Translation:
         """Translate cartoons.
 
@@ -76,6 +77,7 @@ class Translator:
             start, strength: "source" begins from the noised source latents (SDEdit).
             faithfulness: from 0, as real as can be, to 1, as drawn as can be; sets start and
                 strength. None for 0.
+            outlines: of the animals, as of :meth:`conditions`.
 
         Raises:
             UserError: a faithfulness outside 0 … 1.
@@ -90,7 +92,14 @@ class Translator:
             part = images[begin : begin + batch_size]
             wanted = None if classes is None else classes[begin : begin + batch_size]
             here = places[begin : begin + batch_size]
-            conditions = self.conditions(part, wanted, seed=seed, numbers=here, dial=dial)
+            conditions = self.conditions(
+                part,
+                wanted,
+                seed=seed,
+                numbers=here,
+                dial=dial,
+                outlines=outlines and outlines[begin : begin + batch_size],
+            )
             captions += conditions.captions
             names += conditions.classes
             out.append(
@@ -147,16 +156,21 @@ class Translator:
         seed: int = 0,
         numbers: Sequence[int] | None = None,
         dial: Dial = NATURAL,
+        outlines: Sequence[np.ndarray | None] | None = None,
     ) -> Conditions:
-        """View, caption and class of source pictures, read by our own models alone.
+        """View, caption and class of source pictures.
 
         The coats in the view are drawn from the wardrobe by (seed, number); without a wardrobe
         they are the source's own.
+
+        Args:
+            outlines: for each picture (S, S) in [0, 1] that its animals are to fill, whatever
+                posture is read off it, or None: then our own models alone read it.
         """
         device = self.unet.device
         pictures = torch.from_numpy(images)
         grid = (images.shape[1] // factor_of(self.vae), images.shape[2] // factor_of(self.vae))
-        seen, maps = structure.look(self.net, pictures, grid)
+        seen, maps = silhouette.look(self.net, pictures, grid, outlines)
         views = self.standardise(seen, "cartoon")
         read = structure.classify(maps)
         names = [
@@ -175,6 +189,9 @@ class Translator:
             posed = self.posture.pose(
                 pictures, maps, names, actions, seen=read, drawn=dial.keypoints
             )
+            for i, given in enumerate(outlines or []):
+                if given is not None:
+                    posed[i] = maps[i]
             views = structure.reshape(views, posed)
         views = dial.turn(views, self.standardise(seen, "natural"))
         with torch.no_grad():
