@@ -252,17 +252,18 @@ def test_samples_are_judged_by_their_label_and_copies_are_noticed() -> None:
     }
     options: dict[str, Any] = {"judges": load_judges(), "references": 60, "bootstrap": 100}
     other = with_noise(twins_of(tuple(range(FIRST + COUNT, FIRST + 2 * COUNT))).images, 0)
-    found = scoring.class_samples(samples, other, **options)
+    known = scoring.vectors(other)
+    found = scoring.class_samples(samples, known, **options)
     assert found["class_accuracy"]["value"] > 0.95 and found["cartoon_share"]["value"] > 0.95
     assert found["class_accuracy"]["n"] == found["kid"]["n"] == COUNT
     assert found["by_label"].keys() == samples.keys()
     assert 0.8 < found["novelty"]["value"] < 1.2  # they are new scenes
-    copied = scoring.class_samples(samples, pictures["natural"], **options)
+    copied = scoring.class_samples(samples, scoring.vectors(pictures["natural"]), **options)
     assert copied["novelty"]["value"] < 0.05
     # A cartoon is no cat, and far from photographs.
     wrong = {**samples, "cat": samples["tom"], "mouse": samples["jerry"]}
     wrong["cat_mouse"] = samples["tom_jerry"]
-    unlike = scoring.class_samples(wrong, other, **options)
+    unlike = scoring.class_samples(wrong, known, **options)
     assert unlike["class_accuracy"]["value"] < 0.05
     assert unlike["kid"]["value"] > found["kid"]["value"] + 0.5
 

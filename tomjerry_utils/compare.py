@@ -231,7 +231,7 @@ def _class_samples(model: ldm.LdmRun, profile: Profile, judges: Judges) -> dict[
             for label, images in free.items()
         },
     }
-    known = painting.pictures_of(model.natural, profile)
+    known = scoring.vectors(painting.pictures_of(model.natural, profile))
     return {
         name: scoring.class_samples(
             samples, known, judges=judges, bootstrap=profile.compare.bootstrap

@@ -7,6 +7,7 @@ with.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +177,7 @@ def class_samples(
 
     Args:
         samples: label of `scenes.LABELS` → (n, S, S, 3) uint8, as many of each.
-        training: (N, S, S, 3) uint8, natural training pictures.
+        training: (N, 1280), natural training pictures' features, see :func:`vectors`.
 
     Returns:
         class_accuracy of the natural labels and cartoon_share of the others, each with value, ci95
@@ -197,27 +198,31 @@ def class_samples(
         return {"value": float(values.mean()), "ci95": interval, "n": len(values)}
 
     natural = [label for label in samples if label in names]
-    vectors = _vectors(np.concatenate([samples[label] for label in natural]))
-    real, known = reference(references)[0], _vectors(training)
-    held = _vectors(with_noise(other_scenes().images, 2))
-    away = [float(np.median(cdist(some, known).min(1))) for some in (vectors, held)]
+    drawn = vectors(np.concatenate([samples[label] for label in natural]))
+    real = reference(references)[0]
+    away = [float(np.median(cdist(some, training).min(1))) for some in (drawn, _held_out())]
     return {
         "class_accuracy": share(natural),
         "cartoon_share": share([label for label in samples if label not in names]),
         "by_label": by_label,
         "kid": {
-            "value": kid(vectors, real),
-            "ci95": kid_interval(vectors, real, samples=bootstrap),
-            "n": len(vectors),
+            "value": kid(drawn, real),
+            "ci95": kid_interval(drawn, real, samples=bootstrap),
+            "n": len(drawn),
             "references": len(real),
             "features": features.NAME,
         },
-        "novelty": {"value": away[0] / away[1], "n": len(vectors), "training": len(known)},
+        "novelty": {"value": away[0] / away[1], "n": len(drawn), "training": len(training)},
     }
 
 
-def _vectors(images: np.ndarray) -> np.ndarray:
-    """(N, 1280) features of pictures of any size."""
+@lru_cache(maxsize=1)
+def _held_out() -> np.ndarray:
+    return vectors(with_noise(other_scenes().images, 2))
+
+
+def vectors(images: np.ndarray) -> np.ndarray:
+    """Features (N, 1280) of pictures (N, H, W, 3) uint8 of any size."""
     if images.shape[1:3] != (SIZE, SIZE):
         images = np.stack([resize(image, SIZE) for image in images])
     return np.concatenate([look(images[i : i + BATCH])[1] for i in range(0, len(images), BATCH)])
