@@ -14,7 +14,8 @@ alike in both domains:
 A cartoon's maps are given the levels that natural maps have (histograms of the two unpaired sets,
 no pairs), and training blurs the maps and adds noise to them, so that shapes may differ. The
 autoencoder is the foundation's, with the decoder that stage 04 tuned, both from pictures alone; the
-denoiser starts from nothing and hears no class, no caption and no text.
+denoiser starts from nothing and hears no class, no caption and no text. In the study its settings
+are chosen as every method's are, by :mod:`tuning`, whose nets were told of masks and keypoints.
 """
 
 from __future__ import annotations
