@@ -273,7 +273,12 @@ def test_lora_trains_attention_and_what_is_new_and_merges_into_a_plain_unet(
     before, after = loaded(sd)[0].state_dict(), plain.state_dict()
     assert set(after) == set(before)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
-    assert changed == {f"{name}.weight" for name in pairs} | {"conv_in.weight", "conv_in.bias"}
+    wanted = {f"{name}.weight" for name in pairs} | {"conv_in.weight", "conv_in.bias"}
+    # The middle block sees one place here, which attends to itself whatever it asks: what moves its
+    # queries and keys is rounding, or nothing.
+    ends = ("attn1.to_q.weight", "attn1.to_k.weight")
+    idle = {name for name in wanted if name.startswith("mid_block") and name.endswith(ends)}
+    assert changed <= wanted and wanted - changed <= idle
 
 
 def test_rank_zero_trains_everything(sd: Path, tmp_path: Path) -> None:
