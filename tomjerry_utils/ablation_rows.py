@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tomjerry_utils import blip, ldm, posture, scenes, transfer, tuning
+from tomjerry_utils import blip, collect, ldm, posture, scenes, transfer, tuning
 from tomjerry_utils.kept_parts import Part
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.rival_training import training_pictures
@@ -96,7 +96,7 @@ def origin(profile: Profile) -> dict[str, Any]:
         "image_size": profile.image_size,
         "precision": profile.precision,
         "cartoons": [cartoon_seeds(profile).start, cartoon_seeds(profile).stop],
-        "collect": profile.collect.named(),
+        "collect": collect.training_facts(profile),
         "captions": profile.captions.model_dump(mode="json", exclude={"concurrency"}),
         "blip": profile.blip.model_dump(mode="json", exclude={"caption_batch_size"}),
         "ldm": model.named(),

@@ -168,6 +168,11 @@ def _collect(arguments: argparse.Namespace) -> None:
         every_s=arguments.every,
         short_side=arguments.short_side,
         validation_fraction=arguments.validation,
+        smallest=arguments.smallest,
+        per_class=arguments.per_class,
+        neither=arguments.neither,
+        confidence=arguments.confidence,
+        decisions=str(arguments.decisions or ""),
     )
     kept = sum(bool(row["kept"]) for row in made.rows)
     print(f"{kept} of {len(made.rows)} pictures kept: {made.folder / 'manifest.jsonl'}")
@@ -342,6 +347,32 @@ def _parser() -> argparse.ArgumentParser:
         default=512,
         metavar="PIXELS",
         help="reduce larger ones (512)",
+    )
+    for option, default, text in (
+        ("--smallest", 64, "drop pictures with a shorter side (64)"),
+        ("--per-class", 0, "pictures of a class and domain at most (all)"),
+    ):
+        added.add_argument(
+            option, type=int, default=default, metavar="N" if default == 0 else "PIXELS", help=text
+        )
+    added.add_argument(
+        "--neither",
+        choices=("drop", "background"),
+        default="drop",
+        help="what becomes of frames that show neither character (drop)",
+    )
+    added.add_argument(
+        "--confidence",
+        type=float,
+        default=0.95,
+        metavar="SHARE",
+        help="from which on a probe's class is believed; above 1: never (0.95)",
+    )
+    added.add_argument(
+        "--decisions",
+        type=Path,
+        metavar="FILE",
+        help="decisions by hand (keep, drop, class), as the gallery of notebook 01 writes them",
     )
     added.add_argument(
         "--validation", type=float, default=0.1, metavar="SHARE", help="of the groups (0.1)"

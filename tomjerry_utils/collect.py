@@ -4,11 +4,12 @@ Every picture met has a row in the manifest, kept or not, with the reason. Three
 picture is for:
 
 - `role`: "training" for what the models learn from; "unlabelled" where class or domain is not
-  known; "out_of_domain" for the starter pictures and the film clip, which look like nothing in the
+  known; "background" for frames without either character, where those are wanted;
+  "out_of_domain" for the starter pictures and the film clip, which look like nothing in the
   training set and serve as honest tests of the translator.
 - `split`: "train" or "validation", a hash of the row's `group`. Pictures of one group (a shot, a
-  character, a scene) never lie on both sides, whatever is added later. Test scenes are never
-  collected: their hidden twins belong to the metrics.
+  character, a scene, and all that holds near duplicates of theirs) never lie on both sides. Test
+  scenes are never collected: their hidden twins belong to the metrics.
 - `kept`: False for what is damaged, a duplicate, or not wanted; `reason` says which.
 """
 
@@ -18,18 +19,21 @@ import hashlib
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tomjerry_utils import UserError, scenes
+from tomjerry_utils import UserError, scenes, screens
 from tomjerry_utils import archives as packed
 from tomjerry_utils import sources as src
-from tomjerry_utils.curate import MANIFEST, WORK, collect, kind_of
+from tomjerry_utils.curate import MANIFEST, WORK, collect
 from tomjerry_utils.images import load_image
+from tomjerry_utils.intake import JOURNAL, Journal
+from tomjerry_utils.judging import SALT, Curation
+from tomjerry_utils.picture_review import Decision, read_decisions
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import (
     atomic_dir,
@@ -44,7 +48,7 @@ from tomjerry_utils.runs import (
 from tomjerry_utils.sources import Batch, Options, Row
 
 NAME = "01_collect"
-VERSION = 1
+VERSION = 2
 LAYOUTS = ("cyclegan", "imagefolder")
 
 
@@ -99,6 +103,15 @@ class Collection:
             out[i] = load_image(self.folder / row["file_name"], edge)
         return out
 
+    def thumbs(self, rows: Sequence[Row]) -> list[np.ndarray | None]:
+        """Small pictures of any rows, (h, w, 3) uint8, of those dropped as well; None of those that
+        could not be read."""
+        with Journal(self.folder / JOURNAL) as journal:
+            return [
+                load_image(self.path(row)) if row["kept"] else journal.thumb(row["file_name"])
+                for row in rows
+            ]
+
     def path(self, row: Row) -> Path:
         """Where the picture of a row lies."""
         return self.folder / str(row["file_name"])
@@ -118,15 +131,30 @@ def ensure(profile: Profile) -> Collection:
     with stage.lock():
         if not stage.finished:
             log(f"{NAME}: collecting {', '.join(settings.sources)} into {stage.folder}")
-            rows = collect(
-                _balanced(_profile_batches(profile, stage.folder / WORK), settings.per_class),
+            found = collect(
+                lambda: _profile_batches(profile, stage.folder / WORK),
                 stage.folder,
-                short_side=max(profile.image_size, 256),
-                validation_fraction=settings.validation_fraction,
+                _curation(profile),
             )
-            stage.finish(**_summary(rows))
+            stage.finish(**_summary(found, read_jsonl(stage.folder / MANIFEST)))
     rows = read_jsonl(stage.folder / MANIFEST)
     return Collection(stage.folder, rows, profile.image_size, stage.key)
+
+
+def training_facts(profile: Profile) -> dict[str, Any]:
+    """What a profile's training pictures follow from, told without making them.
+
+    Of generated scenes it is the renderers, their number and the split; how other pictures are
+    curated beside them changes none of these. Of all else it is this stage and its settings.
+    """
+    settings = profile.collect
+    if "scenes" not in settings.sources:
+        return {"version": VERSION, **settings.named()}
+    return {
+        "scenes": _renderers(),
+        "per_class": settings.per_class,
+        "validation": [SALT, settings.validation_fraction],
+    }
 
 
 def collect_command(
@@ -140,6 +168,11 @@ def collect_command(
     every_s: float = 1.0,
     short_side: int = 512,
     validation_fraction: float = 0.1,
+    smallest: int = 64,
+    per_class: int = 0,
+    neither: str = "drop",
+    confidence: float = 0.95,
+    decisions: str = "",
 ) -> Collection:
     """`tomjerry collect`: the same curation over sources named on the command line.
 
@@ -155,6 +188,11 @@ def collect_command(
         domain: "cartoon" or "natural" for all of them; "" tells by folder names.
         every_s: seconds between two frames of a shot.
         short_side: larger pictures are reduced to this.
+        smallest: px, the short side below which a picture is dropped.
+        per_class: pictures of a class and domain at most; 0 for all.
+        neither: "drop" or keep as "background" the frames that show neither character.
+        confidence: from which on a probe's class is believed; above 1, never.
+        decisions: a file of decisions by hand, "" for none.
 
     Raises:
         UserError: no source, a missing one, or `out` and a source inside each other.
@@ -175,8 +213,16 @@ def collect_command(
             raise UserError(f"no file or folder {place}: check the path")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a folder to write to")
+    how = Curation(
+        short_side=short_side,
+        validation_fraction=validation_fraction,
+        per_class=per_class,
+        limits=screens.Limits(smallest=smallest),
+        confidence=confidence,
+        decisions=_decisions(decisions),
+    )
     out.mkdir(parents=True, exist_ok=True)
-    options = Options(out / WORK, domain=domain, every_s=every_s)
+    options = Options(out / WORK, domain=domain, every_s=every_s, neither=neither)
 
     def batches() -> Iterator[Batch]:
         for place in folders:
@@ -190,11 +236,10 @@ def collect_command(
 
     try:
         with FileLock(out / ".lock", timeout=0):
-            rows = collect(
-                batches(), out, short_side=short_side, validation_fraction=validation_fraction
-            )
+            collect(batches, out, how)
     except Timeout:
         raise UserError(f"another process is collecting into {out}: wait, or end it") from None
+    rows = read_jsonl(out / MANIFEST)
     return Collection(out, rows, short_side, hash_obj([row["sha256"] for row in rows]))
 
 
@@ -278,6 +323,7 @@ def _profile_batches(profile: Profile, work: Path) -> Iterator[Batch]:
         every_s=settings.clip_every_s,
         size=profile.image_size,
         per_class=settings.per_class,
+        neither=settings.neither,
     )
     for name in settings.sources:
         if name == "scenes":
@@ -326,16 +372,32 @@ def _there(folder: Path) -> bool:
     return folder.is_dir()
 
 
+def _curation(profile: Profile) -> Curation:
+    settings = profile.collect
+    return Curation(
+        short_side=max(profile.image_size, 256),
+        validation_fraction=settings.validation_fraction,
+        per_class=settings.per_class,
+        limits=screens.Limits(smallest=settings.smallest),
+        confidence=settings.label_confidence,
+        classes=tuple(c for c in scenes.CLASSES if c != "both" or settings.both != "none"),
+        decisions=_decisions(settings.decisions),
+    )
+
+
+def _decisions(name: str) -> list[Decision]:
+    if not name:
+        return []
+    return list(read_decisions(Path(name).expanduser()).values())
+
+
 def _inputs(profile: Profile) -> dict[str, str]:
     """Hashes of what the sources read, so that a change in them makes the stage anew."""
     sources = profile.collect.sources
     starter, raw = data_root() / "starter", data_root() / "raw"
     inputs = {}
     if "scenes" in sources:
-        # The renderers' own fingerprint: one small picture of each style.
-        scene = scenes.describe(scenes.RANGES["cartoon"][0])
-        drawn = [scenes.render(scene, style, 32).image.tobytes() for style in scenes.STYLES]
-        inputs["scenes"] = hashlib.sha256(b"".join(drawn)).hexdigest()[:16]
+        inputs["scenes"] = _renderers()
     for name, path in (
         ("starter", starter / "attribution.csv"),
         ("clip", starter / "clip" / "big_buck_bunny_20s.mp4"),
@@ -350,22 +412,11 @@ def _inputs(profile: Profile) -> dict[str, str]:
     return inputs
 
 
-def _balanced(batches: Iterable[Batch], per_class: int) -> list[Batch]:
-    """Mark what is more than `per_class` of a class and domain as not wanted, chosen by hash.
-
-    All rows are named before any picture is read, so what is not wanted costs nothing.
-    """
-    named = list(batches)
-    ranked: dict[tuple[str, str], list[tuple[str, Row]]] = {}
-    for batch in named:
-        for row in batch.rows:
-            if row["role"] == "training" and row["class"] and not row["reason"]:
-                rank = hashlib.sha256(f"{row['source']}:{row['file_name']}".encode()).hexdigest()
-                ranked.setdefault((row["domain"], row["class"]), []).append((rank, row))
-    for pairs in ranked.values():
-        for _, row in sorted(pairs, key=lambda pair: pair[0])[per_class:]:
-            row["reason"] = f"over the {per_class} asked for of this class and domain"
-    return named
+def _renderers() -> str:
+    """The renderers' own fingerprint: one small picture of each style."""
+    scene = scenes.describe(scenes.RANGES["cartoon"][0])
+    drawn = [scenes.render(scene, style, 32).image.tobytes() for style in scenes.STYLES]
+    return hashlib.sha256(b"".join(drawn)).hexdigest()[:16]
 
 
 def _apart(out: Path, place: Path) -> None:
@@ -377,11 +428,11 @@ def _apart(out: Path, place: Path) -> None:
         raise UserError(f"{out} and {place} lie inside each other: write to another folder")
 
 
-def _summary(rows: Sequence[Row]) -> dict[str, Any]:
-    kept = [row for row in rows if row["kept"]]
+def _summary(found: Counter[str], rows: Sequence[Row]) -> dict[str, Any]:
+    labels = Counter(row["label"] for row in rows if row["kept"] and row["label"])
     return {
-        "met": len(rows),
-        "kept": len(kept),
-        "by_label": dict(sorted(Counter(r["label"] for r in kept if r["label"]).items())),
-        "dropped": dict(Counter(kind_of(row["reason"]) for row in rows if not row["kept"])),
+        "met": found.total(),
+        "kept": found[""],
+        "by_label": dict(sorted(labels.items())),
+        "dropped": {kind: n for kind, n in found.items() if kind},
     }

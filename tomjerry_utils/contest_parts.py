@@ -115,12 +115,10 @@ def shared_facts(profile: Profile, seeds: Sequence[int], references: int) -> dic
     }
     return {
         "version": VERSION,
-        "stages": {
-            module.__name__: module.VERSION for module in (collect, captions, ldm, transfer)
-        },
+        "stages": {module.__name__: module.VERSION for module in (captions, ldm, transfer)},
         "image_size": profile.image_size,
         "precision": profile.precision,
-        "collect": profile.collect.named(),
+        "collect": collect.training_facts(profile),
         "captions": profile.captions.model_dump(mode="json", exclude={"concurrency"}),
         "blip": profile.blip.named(),
         "ldm": profile.ldm.named(),

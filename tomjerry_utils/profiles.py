@@ -51,6 +51,11 @@ class CollectSettings(_Settings):
     per_class: int = Positive
     validation_fraction: float = Field(gt=0.0, lt=1.0)
     clip_every_s: float = Positive
+    smallest: int = Positive
+    both: Literal["found", "composites", "none"]
+    neither: Literal["drop", "background"]
+    label_confidence: float = NotNegative
+    decisions: str
     kaggle_cartoon: str
     kaggle_cat: str
     mouse_archive: str

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from tomjerry_utils import UserError, films, scenes
-from tomjerry_utils.images import load_image
 from tomjerry_utils.runs import hash_file, hash_obj, log, read_json, write_json
 
 Row = dict[str, Any]
@@ -68,6 +67,7 @@ class Options:
         every_s: seconds of film between two kept frames of a shot.
         size: edge of generated scenes, pixels.
         per_class: generated scenes per class and domain.
+        neither: "drop" or "background": what becomes of frames with neither character.
         rights: what the data sheet says of these pictures' licence.
     """
 
@@ -77,6 +77,7 @@ class Options:
     every_s: float = 1.0
     size: int = 64
     per_class: int = 0
+    neither: str = "drop"
     rights: str = "not stated by the source: find out before sharing"
 
 
@@ -89,11 +90,17 @@ class Batch:
             has a `reason` is never read.
         load: indices into `rows` → their pictures in that order, (H, W, 3) uint8, or the error.
         shots: (video, first_frame, time_s) of the film these come from, with its first batch.
+        paths: the files, one a row, where the pictures are files that anyone may read: they are
+            then read in other processes and `load` is not called.
+        sure: nothing need be decided on these pictures, of which all is known: they are neither
+            screened nor read twice.
     """
 
     rows: list[Row]
     load: Callable[[Sequence[int]], Iterable[Loaded]]
     shots: list[tuple[str, int, float]] = field(default_factory=list)
+    paths: Sequence[Path] | None = None
+    sure: bool = False
 
 
 def make_row(source: str, name: str, key: str, **known: Any) -> Row:
@@ -120,6 +127,17 @@ def make_row(source: str, name: str, key: str, **known: Any) -> Row:
         "place": "",
         "origin": "",
         "rights": "",
+        "width": None,
+        "height": None,
+        "sharpness": None,
+        "photo": None,
+        "writing": None,
+        "labelled_by": "",
+        "confidence": None,
+        "cluster": "",
+        "decided": "",
+        "screened": "",
+        "class_found": "",
         "_key": key,
     }
     unknown = known.keys() - row.keys()
@@ -188,7 +206,7 @@ def _scenes_of(domain: str, options: Options) -> Iterator[Batch]:
             todo = [seeds[i] for i in indices]
             return list(scenes.render_many(todo, domain, options.size, workers=workers)["image"])
 
-        yield Batch(rows, load)
+        yield Batch(rows, load, sure=True)
 
 
 # ---- the starter pictures and the film clip ------------------------------------------------------
@@ -400,17 +418,10 @@ def _metadata(folder: Path) -> dict[str, Row]:
 
 
 def file_batches(rows: list[Row], paths: list[Path]) -> Iterator[Batch]:
+    """Batches of pictures that are files, one a row."""
     for start in range(0, len(rows), BATCH):
-        part = paths[start : start + BATCH]
-
-        def load(indices: Sequence[int], part: list[Path] = part) -> Iterator[Loaded]:
-            for i in indices:
-                try:
-                    yield load_image(part[i])
-                except (UserError, OSError) as error:
-                    yield UserError(one_line(error))
-
-        yield Batch(rows[start : start + BATCH], load)
+        span = slice(start, start + BATCH)
+        yield Batch(rows[span], lambda indices: [], paths=paths[span])
 
 
 def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
