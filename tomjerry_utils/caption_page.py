@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from tomjerry_utils import UserError
 from tomjerry_utils.caption_review import Decision, fits, recorded_caption
-from tomjerry_utils.images import load_image
 from tomjerry_utils.progress import progress
 from tomjerry_utils.runs import atomic_path, hash_obj
-from tomjerry_utils.static_page import data_uri, document, encoded
+from tomjerry_utils.static_page import Loader, data_uri, document, thumbnail
 
 PAGE = "review.html"
-THUMBNAIL = 192  # pixels of the longer side
-Loader = Callable[[Mapping[str, Any]], np.ndarray]
 
 _WORDS = {"accept": "accepted", "edit": "edited", "reject": "rejected"}
 
@@ -81,17 +75,6 @@ def table(
     below = f"<p>… and {more} more captions.</p>" if more > 0 else ""
     head = "<tr><th>picture</th><th>caption</th><th>review</th></tr>"
     return f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>{below}"
-
-
-def thumbnail(row: Mapping[str, Any], images: Path | Loader) -> tuple[str, bytes]:
-    """A small picture as its kind ("png", "jpeg") and bytes; "" and none where it cannot be had."""
-    try:
-        array = load_image(images / row["file_name"]) if isinstance(images, Path) else images(row)
-    except (UserError, OSError):
-        return "", b""
-    image = Image.fromarray(array)
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    return encoded(image, lossless=64, quality=82)
 
 
 # ---- helpers -------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ with the decisions applied, so that another decision, or none, always starts fro
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tomjerry_utils import UserError
+from tomjerry_utils.decision_lines import read_lines, texts
 from tomjerry_utils.runs import log, write_jsonl
 
 DECISIONS = "decisions.jsonl"
@@ -63,18 +63,10 @@ def read_decisions(path: Path) -> dict[str, Decision]:
     Raises:
         UserError: no such file, or a line that is no decision; the line is named.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: give the decisions.jsonl that a review wrote") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file: give the decisions.jsonl of a review") from None
     found: dict[str, Decision] = {}
     overruled = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        decision = _decision(line, f"{path}, line {number}")
+    for where, given in read_lines(path, "the decisions.jsonl that a review wrote"):
+        decision = _decision(given, where)
         # The later one also takes the later place, so that a file reads as it was decided.
         overruled += found.pop(decision.file_name, None) is not None
         found[decision.file_name] = decision
@@ -160,19 +152,8 @@ def count(decisions: Iterable[Decision], total: int) -> str:
 # ---- helpers -------------------------------------------------------------------------------------
 
 
-def _decision(line: str, where: str) -> Decision:
-    try:
-        given = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg}): mend or remove the line") from None
-    if not isinstance(given, dict):
-        raise UserError(f"{where}: not a decision: one JSON object a line is wanted")
-    values = {}
-    for name in ("file_name", "sha256", "decision", "caption", "recorded"):
-        value = given.get(name, "")
-        if not isinstance(value, str):
-            raise UserError(f"{where}: '{name}' is not a text: put it in quotes")
-        values[name] = value
+def _decision(given: Mapping[str, Any], where: str) -> Decision:
+    values = texts(given, ("file_name", "sha256", "decision", "caption", "recorded"), where)
     for name in ("file_name", "sha256"):
         if not values[name]:
             raise UserError(f"{where}: no '{name}': copy it from captions.jsonl")

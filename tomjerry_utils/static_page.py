@@ -5,10 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+from collections.abc import Callable, Mapping
 from html import escape
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from tomjerry_utils import UserError
+from tomjerry_utils.images import load_image
+
+Loader = Callable[[Mapping[str, Any]], np.ndarray]
 
 
 def document(title: str, body: str, *, key: str, style: str, script: str) -> str:
@@ -58,6 +66,32 @@ def encoded(image: Image.Image | np.ndarray, *, lossless: int, quality: int) -> 
     buffer = io.BytesIO()
     picture.save(buffer, kind, quality=quality)
     return kind, buffer.getvalue()
+
+
+def thumbnail(
+    row: Mapping[str, Any],
+    images: Path | Loader,
+    side: int = 192,
+    *,
+    lossless: int = 64,
+    quality: int = 82,
+) -> tuple[str, bytes]:
+    """A small picture as its kind ("png", "jpeg") and bytes; "" and none where it cannot be had.
+
+    Args:
+        row: has a `file_name`.
+        images: the folder that file names are relative to, or what gives a row's picture as
+            (H, W, 3) uint8.
+        side: pixels of the longer side at most.
+        lossless, quality: as in `encoded`.
+    """
+    try:
+        array = load_image(images / row["file_name"]) if isinstance(images, Path) else images(row)
+    except (UserError, OSError):
+        return "", b""
+    image = Image.fromarray(array)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return encoded(image, lossless=lossless, quality=quality)
 
 
 def data_uri(kind: str, data: bytes) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tomjerry_utils import UserError
-from tomjerry_utils.caption_page import Loader, table, thumbnail
+from tomjerry_utils.caption_page import table
 from tomjerry_utils.caption_review import (
     Decision,
     Verdict,
@@ -20,6 +20,7 @@ from tomjerry_utils.caption_review import (
     recorded_caption,
     write_decisions,
 )
+from tomjerry_utils.static_page import Loader, thumbnail
 
 
 def is_live() -> bool:
