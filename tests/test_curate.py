@@ -45,7 +45,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         home / "natural" / "mouse" / "z brighter.png",
         np.clip(drawn(101, "mouse") * 1.12, 0, 255).astype("u1"),
     )
-    save(home / "natural" / "mouse" / "tiny.png", drawn(7, size=32))
+    save(home / "natural" / "mouse" / "tiny.png", drawn(77, size=32))
     (home / "natural" / "cat" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
     return home
 
