@@ -5,23 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-import signal
-import subprocess
-import sys
 import tarfile
 import types
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tomjerry_utils import UserError, archives, collect, curate, films, scenes, sources
+from tomjerry_utils import UserError, archives, collect, films, judging, scenes, sources
 from tomjerry_utils.profiles import load_profile
 from tomjerry_utils.runs import data_root, hash_file
 
+command = partial(collect.collect_command, smallest=8)  # as the pictures here are
 STARTER = data_root() / "starter"
 CLIP = STARTER / "clip" / "big_buck_bunny_20s.mp4"
 
@@ -120,7 +119,7 @@ def test_what_is_no_film_is_told(tmp_path: Path) -> None:
         films.open_film(broken)
     with pytest.raises(UserError, match="check the path"):
         films.open_film(tmp_path / "none.mp4")
-    out = collect.collect_command(tmp_path / "out", videos=[str(broken), str(CLIP)], every_s=5.0)
+    out = command(tmp_path / "out", videos=[str(broken), str(CLIP)], every_s=5.0)
     bad = [row for row in out.rows if row["origin"] == "broken.mp4"]
     assert len(bad) == 1
     assert not bad[0]["kept"]
@@ -190,10 +189,10 @@ def test_no_group_crosses_the_split(smoke: collect.Collection) -> None:
     for row in smoke.rows:
         sides.setdefault(row["group"], set()).add(row["split"])
     assert all(len(found) == 1 for found in sides.values())
-    splits = [curate.split_of(f"g{i}", 0.2) for i in range(4000)]
+    splits = [judging.split_of(f"g{i}", 0.2) for i in range(4000)]
     assert 0.17 < splits.count("validation") / 4000 < 0.23
     # Raising the share only moves groups one way: nothing trained on becomes validation by chance.
-    more = [curate.split_of(f"g{i}", 0.3) for i in range(4000)]
+    more = [judging.split_of(f"g{i}", 0.3) for i in range(4000)]
     assert all(b == "validation" for a, b in zip(splits, more, strict=True) if a == "validation")
 
 
@@ -241,7 +240,7 @@ def test_folder_classes_duplicates_and_damaged_files(tmp_path: Path) -> None:
     (data / "elsewhere" / "zero.png").touch()
     (data / "elsewhere" / "notes.txt").write_text("not a picture")
     before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
-    out = collect.collect_command(tmp_path / "out", folders=[str(data)], short_side=64)
+    out = command(tmp_path / "out", folders=[str(data)], short_side=64)
     by_origin = {row["origin"]: row for row in out.rows}
     assert len(by_origin) == 8
     assert by_origin["natural/cat/a.png"]["label"] == "cat"
@@ -262,12 +261,12 @@ def test_metadata_beside_pictures_is_read(tmp_path: Path) -> None:
     save(tmp_path / "in" / "1.png", picture(1))
     notes = {"file_name": "1.png", "class": "both", "domain": "cartoon", "text": "t", "group": "g"}
     (tmp_path / "in" / "metadata.jsonl").write_text(json.dumps(notes) + "\nbroken\n")
-    row = collect.collect_command(tmp_path / "out", folders=[str(tmp_path / "in")]).rows[0]
+    row = command(tmp_path / "out", folders=[str(tmp_path / "in")]).rows[0]
     assert (row["label"], row["text"], row["group"]) == ("tom_jerry", "t", "in/g")
 
 
 def test_attribution_keeps_characters_together(tmp_path: Path) -> None:
-    out = collect.collect_command(tmp_path / "out", folders=[str(STARTER)], short_side=32)
+    out = command(tmp_path / "out", folders=[str(STARTER)], short_side=32)
     with (STARTER / "attribution.csv").open(newline="", encoding="utf-8") as file:
         told = {
             r["file"]: r["character_group"]
@@ -311,7 +310,7 @@ def test_archives_cannot_write_elsewhere(tmp_path: Path, kind: str) -> None:
                 member.type, member.linkname = type_, "../../good.png"
                 archive.addfile(member)
     before = set(tmp_path.rglob("*"))
-    out = collect.collect_command(tmp_path / "out", archives=[str(path)], domain="natural")
+    out = command(tmp_path / "out", archives=[str(path)], domain="natural")
     outside = {p for p in tmp_path.rglob("*") if (tmp_path / "out") not in (p, *p.parents)}
     assert outside == before
     assert not Path("/tmp/escaped-absolute.png").exists()
@@ -331,10 +330,10 @@ def test_damaged_archive_is_one_line(tmp_path: Path) -> None:
     content[60:160] = bytes(100)
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"pack\.zip: damaged"):
-        collect.collect_command(tmp_path / "out", archives=[str(path)])
+        command(tmp_path / "out", archives=[str(path)])
     (tmp_path / "text.zip").write_text("no archive")
     with pytest.raises(UserError, match="neither a zip nor a tar"):
-        collect.collect_command(tmp_path / "out", archives=[str(tmp_path / "text.zip")])
+        command(tmp_path / "out", archives=[str(tmp_path / "text.zip")])
 
 
 def kaggle_frames(root: Path) -> Path:
@@ -361,7 +360,7 @@ def test_kaggle_frames_by_folder_and_by_slug(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = kaggle_frames(tmp_path / "set")
-    local = collect.collect_command(tmp_path / "local", kaggle=[str(folder)])
+    local = command(tmp_path / "local", kaggle=[str(folder)])
     classes = [row["class"] for row in local.select()]
     assert {name: classes.count(name) for name in scenes.CLASSES} == dict.fromkeys(
         scenes.CLASSES, 3
@@ -377,7 +376,7 @@ def test_kaggle_frames_by_folder_and_by_slug(
 
     stand_in = types.SimpleNamespace(dataset_download=dataset_download)
     monkeypatch.setitem(sys.modules, "kagglehub", stand_in)
-    remote = collect.collect_command(tmp_path / "remote", kaggle=["someone/tom-and-jerry"])
+    remote = command(tmp_path / "remote", kaggle=["someone/tom-and-jerry"])
     assert asked == ["someone/tom-and-jerry"]
     assert remote.rows == local.rows
 
@@ -385,11 +384,11 @@ def test_kaggle_frames_by_folder_and_by_slug(
 def test_kaggle_photos_and_other_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Cat", "Dog"):
         save(tmp_path / "pets" / "PetImages" / name / "0.jpg", picture(len(name)))
-    out = collect.collect_command(tmp_path / "out", kaggle=[str(tmp_path / "pets")])
+    out = command(tmp_path / "out", kaggle=[str(tmp_path / "pets")])
     assert [(row["label"], row["origin"]) for row in out.rows] == [("cat", "0.jpg")]
     save(tmp_path / "other" / "birds" / "0.jpg", picture(1))
     with pytest.raises(UserError, match=r"expected .* found birds"):
-        collect.collect_command(tmp_path / "out2", kaggle=[str(tmp_path / "other")])
+        command(tmp_path / "out2", kaggle=[str(tmp_path / "other")])
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     with pytest.raises(UserError, match="pip install kagglehub"):
         archives.kaggle_source("a/b", sources.Options(tmp_path)).__next__()
@@ -402,7 +401,7 @@ def test_kaggle_photos_and_other_layouts(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_command_reads_a_film(tmp_path: Path) -> None:
     path = film(tmp_path / "my film.mp4", [f for s in range(3) for f in slide(s, 24)])
-    out = collect.collect_command(tmp_path / "out", videos=[str(path)], every_s=0.5)
+    out = command(tmp_path / "out", videos=[str(path)], every_s=0.5)
     assert [row["shot"] for row in out.rows] == [0, 0, 1, 1, 2, 2]
     assert all(row["kept"] and row["domain"] == "cartoon" for row in out.rows)
     assert [row["time_s"] for row in out.rows] == pytest.approx(
@@ -428,78 +427,29 @@ def test_command_mistakes_are_one_line(tmp_path: Path) -> None:
         ({"folders": [str(tmp_path / "in")], "every_s": 0.0}, "above 0"),
     ):
         with pytest.raises(UserError, match=told):
-            collect.collect_command(tmp_path / "out", **arguments)
+            command(tmp_path / "out", **arguments)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no pictures"):
-        collect.collect_command(tmp_path / "out", folders=[str(tmp_path / "empty")])
+        command(tmp_path / "out", folders=[str(tmp_path / "empty")])
 
 
 def test_second_call_redoes_only_what_changed(tmp_path: Path) -> None:
     for i in range(4):
         save(tmp_path / "in" / "cat" / f"{i}.png", picture(i))
     arguments = {"folders": [str(tmp_path / "in")], "domain": "natural"}
-    first = collect.collect_command(tmp_path / "out", **arguments)
+    first = command(tmp_path / "out", **arguments)
     written = {row["file_name"]: first.path(row).stat().st_mtime_ns for row in first.rows}
     manifest = (tmp_path / "out" / "manifest.jsonl").read_bytes()
-    again = collect.collect_command(tmp_path / "out", **arguments)
+    again = command(tmp_path / "out", **arguments)
     assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == manifest
     assert {r["file_name"]: again.path(r).stat().st_mtime_ns for r in again.rows} == written
     # One damaged in the output, one changed at its source, one gone.
     again.path(again.rows[0]).write_bytes(b"torn")
     save(tmp_path / "in" / "cat" / "1.png", picture(11))
     (tmp_path / "in" / "cat" / "2.png").unlink()
-    third = collect.collect_command(tmp_path / "out", **arguments)
+    third = command(tmp_path / "out", **arguments)
     assert hash_file(third.path(third.rows[0])) == first.rows[0]["sha256"]
     assert third.rows[1]["sha256"] != first.rows[1]["sha256"]
     assert third.path(third.rows[2]).stat().st_mtime_ns == written[first.rows[3]["file_name"]]
     files = {f"images/natural/{p.name}" for p in (tmp_path / "out/images/natural").iterdir()}
     assert files == {row["file_name"] for row in third.rows}
-
-
-def test_killed_run_goes_on_to_the_same_manifest(tmp_path: Path) -> None:
-    for i in range(150):
-        save(tmp_path / "in" / "tom" / f"{i:03d}.png", pattern(i % 70 if i > 80 else i))
-    path = film(tmp_path / "film.mp4", [f for s in range(2) for f in slide(s, 24)])
-    arguments = {"folders": [str(tmp_path / "in")], "videos": [str(path)], "every_s": 0.1}
-    whole = collect.collect_command(tmp_path / "whole", **arguments)
-    journal = tmp_path / "killed" / ".journal.jsonl"
-    # It kills itself, so that the kill falls among a batch's pictures whatever the machine.
-    call = (
-        "import os, signal, sys; from pathlib import Path\n"
-        "from tomjerry_utils import collect, curate\n"
-        f"write, journal, left = curate._write, Path({str(journal)!r}), 5\n"
-        "def last(*arguments):\n"
-        "    global left\n"
-        "    left -= journal.read_bytes().count(b'\\n') > int(sys.argv[1])\n"
-        "    if not left:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    write(*arguments)\n"
-        "curate._write = last\n"
-        f"collect.collect_command(Path({str(tmp_path / 'killed')!r}), **{arguments!r})"
-    )
-    for lines in (40, 110):
-        process = subprocess.run(
-            [sys.executable, "-c", call, str(lines)], stderr=subprocess.DEVNULL
-        )
-        assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "manifest.jsonl").exists()
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed" / "images").rglob("[!.]*.png")}
-    assert len(before) > 60
-    collect.collect_command(tmp_path / "killed", **arguments)
-    for name in ("manifest.jsonl", "shots.csv", "DATASHEET.md"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    recorded = {json.loads(line)["file_name"] for line in journal.read_text().split("\n") if line}
-    kept = {p for p in before if p.relative_to(tmp_path / "killed").as_posix() in recorded}
-    assert sum(p.stat().st_mtime_ns == before[p] for p in kept) >= len(before) - sources.BATCH
-    assert len(whole.select(source="folder")) == 81
-
-
-def test_balance_picks_by_hash_and_says_so(tmp_path: Path) -> None:
-    for i in range(12):
-        save(tmp_path / "in" / ("cat" if i < 9 else "mouse") / f"{i}.png", picture(i))
-    options = sources.Options(tmp_path / "work", domain="natural")
-    batches = collect._balanced(sources.folder_source(str(tmp_path / "in"), options), 4)
-    rows = curate.collect(batches, tmp_path / "out", short_side=64, validation_fraction=0.1)
-    kept = [row["class"] for row in rows if row["kept"]]
-    assert (kept.count("tom"), kept.count("jerry")) == (4, 3)
-    assert sum("over the 4" in row["reason"] for row in rows) == 5

@@ -53,7 +53,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> collect.Collection:
     return collect.collect_command(
-        tmp_path_factory.mktemp("made") / "out", folders=[str(mixed)], confidence=2.0
+        tmp_path_factory.mktemp("made") / "out", folders=[str(mixed)], precision=2.0
     )
 
 
@@ -154,7 +154,7 @@ def test_decisions_by_hand_are_replayed(
             collect.collect_command(
                 tmp_path / "out",
                 folders=[str(mixed)],
-                confidence=2.0,
+                precision=2.0,
                 decisions=str(tmp_path / "decisions.jsonl"),
             )
         )
@@ -195,9 +195,9 @@ def test_a_probe_labels_what_nobody_labelled(tmp_path: Path) -> None:
                 drawn(600 + 100 * at + i, name),
             )
     arguments = {"folders": [str(tmp_path / "in")], "domain": "natural"}
-    off = collect.collect_command(tmp_path / "off", confidence=2.0, **arguments)
+    off = collect.collect_command(tmp_path / "off", precision=2.0, **arguments)
     assert {r["role"] for r in off.rows if "unsorted" in r["origin"]} == {"unlabelled"}
-    made = collect.collect_command(tmp_path / "on", confidence=0.0, **arguments)
+    made = collect.collect_command(tmp_path / "on", precision=0.5, **arguments)
     guessed = [row for row in made.rows if "unsorted" in row["origin"]]
     assert {row["labelled_by"] for row in guessed} == {"probe"}
     assert all(0 < row["confidence"] <= 1 for row in guessed)
@@ -219,7 +219,7 @@ def start(out):
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        collect.collect_command(Path(out), folders=[source], confidence=2.0)
+        collect.collect_command(Path(out), folders=[source], precision=2.0)
         os._exit(0)
     return child
 
@@ -267,7 +267,7 @@ def test_processes_give_what_one_gives(
     for count in (0, 2):
         monkeypatch.setattr(intake.Workers, "__init__", workers(count))
         out = tmp_path / str(count)
-        collect.collect_command(out, folders=[str(mixed)], confidence=2.0)
+        collect.collect_command(out, folders=[str(mixed)], precision=2.0)
         made[count] = (out / "manifest.jsonl").read_bytes()
     assert made[0] == made[2]
 
@@ -311,7 +311,7 @@ def test_no_room_is_one_line_and_a_second_run_goes_on(
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(path, content)
 
-    arguments = {"folders": [str(mixed)], "confidence": 2.0}
+    arguments = {"folders": [str(mixed)], "precision": 2.0}
     with monkeypatch.context() as patch:
         patch.setattr(intake, "write", short)
         with pytest.raises(UserError, match="no room left"):

@@ -171,7 +171,7 @@ def _collect(arguments: argparse.Namespace) -> None:
         smallest=arguments.smallest,
         per_class=arguments.per_class,
         neither=arguments.neither,
-        confidence=arguments.confidence,
+        precision=arguments.precision,
         decisions=str(arguments.decisions or ""),
     )
     kept = sum(bool(row["kept"]) for row in made.rows)
@@ -362,11 +362,11 @@ def _parser() -> argparse.ArgumentParser:
         help="what becomes of frames that show neither character (drop)",
     )
     added.add_argument(
-        "--confidence",
+        "--precision",
         type=float,
         default=0.95,
         metavar="SHARE",
-        help="from which on a probe's class is believed; above 1: never (0.95)",
+        help="of the classes that a probe tells, held out; above 1: none told (0.95)",
     )
     added.add_argument(
         "--decisions",

@@ -171,7 +171,7 @@ def collect_command(
     smallest: int = 64,
     per_class: int = 0,
     neither: str = "drop",
-    confidence: float = 0.95,
+    precision: float = 0.95,
     decisions: str = "",
 ) -> Collection:
     """`tomjerry collect`: the same curation over sources named on the command line.
@@ -191,7 +191,7 @@ def collect_command(
         smallest: px, the short side below which a picture is dropped.
         per_class: pictures of a class and domain at most; 0 for all.
         neither: "drop" or keep as "background" the frames that show neither character.
-        confidence: from which on a probe's class is believed; above 1, never.
+        precision: of the classes that a probe tells, on pictures held out; above 1, none are told.
         decisions: a file of decisions by hand, "" for none.
 
     Raises:
@@ -217,8 +217,8 @@ def collect_command(
         short_side=short_side,
         validation_fraction=validation_fraction,
         per_class=per_class,
-        limits=screens.Limits(smallest=smallest),
-        confidence=confidence,
+        limits=screens.Limits(short_side=smallest),
+        precision=precision,
         decisions=_decisions(decisions),
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -378,8 +378,8 @@ def _curation(profile: Profile) -> Curation:
         short_side=max(profile.image_size, 256),
         validation_fraction=settings.validation_fraction,
         per_class=settings.per_class,
-        limits=screens.Limits(smallest=settings.smallest),
-        confidence=settings.label_confidence,
+        limits=screens.Limits(short_side=settings.smallest),
+        precision=settings.label_precision,
         classes=tuple(c for c in scenes.CLASSES if c != "both" or settings.both != "none"),
         decisions=_decisions(settings.decisions),
     )

@@ -53,7 +53,7 @@ class Seen:
     Attributes:
         error: why it could not be read, or "".
         sha256: of the picture's file, which is written once it is known to be kept.
-        measures: of `screens.measure`; none for pictures that are not screened.
+        measures: of `screens.measure` and `screens.score`; none where nothing is screened.
         hashes: perceptual, (K,) uint64.
         features: (1280,) float16 of EfficientNet-Lite0, or none for pictures not screened.
         thumb: a JPEG, its short side `THUMB`; none where the picture itself is written at once.
@@ -353,9 +353,10 @@ def _look(source: np.ndarray | UserError | Path, target: str, short_side: int) -
     small = image.resize(_short(image.size, THUMB), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=90)
-    features = screens.features_of(shown)
-    measures = screens.measure(picture, features)
-    kept = features.astype(np.float16).tobytes()
+    # One picture at a time: in a batch of others the last digits could differ.
+    scores, features = screens.score([picture])
+    measures = asdict(screens.measure(picture)) | asdict(scores[0])
+    kept = features[0].astype(np.float16).tobytes()
     return Seen("", sha256, measures, hashes, kept, buffer.getvalue())
 
 

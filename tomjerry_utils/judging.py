@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tomjerry_utils import class_probe, near_duplicates, screens
+from tomjerry_utils import UserError, class_probe, near_duplicates, screens
 from tomjerry_utils.images import load_image
 from tomjerry_utils.intake import Journal, Seen
 from tomjerry_utils.picture_review import BY_HAND, DROPPED, Decision
@@ -23,6 +23,11 @@ from tomjerry_utils.scenes import CLASSES, STYLES, label_of
 from tomjerry_utils.sources import Row
 
 SALT = "tomjerry split 1"
+# Columns of the manifest, and the measures that they show; `text` is the caption there.
+_MEASURED = {
+    **{name: name for name in ("width", "height", "blur", "photo")},
+    "letters": "text",
+}
 _PROBED = 4000  # labelled pictures of a class that a probe is fitted to at most
 _CHUNK = 1024  # rows or features handled at once
 
@@ -36,7 +41,7 @@ class Curation:
         validation_fraction: share of the groups.
         per_class: pictures of a class and domain at most; 0 for all.
         limits: of the screens.
-        confidence: from which on the probe's class is believed; above 1, never.
+        precision: of the classes that a probe tells, on pictures held out; above 1, none are told.
         classes: those wanted; pictures of others are dropped.
         decisions: by hand; they overrule the screens, the duplicates and the balance.
     """
@@ -45,7 +50,7 @@ class Curation:
     validation_fraction: float
     per_class: int = 0
     limits: screens.Limits = field(default_factory=screens.Limits)
-    confidence: float = 2.0
+    precision: float = 2.0
     classes: tuple[str, ...] = CLASSES
     decisions: Sequence[Decision] = ()
 
@@ -152,8 +157,9 @@ class _Judged:
         if seen.measures:
             self._screened[i] = True
             short = min(seen.measures["width"], seen.measures["height"])
-            self._worth[i] = min(short, self._how.short_side) * (1 + seen.measures["sharpness"])
-            reason = screens.reason(seen.measures, row["domain"], self._how.limits)
+            self._worth[i] = min(short, self._how.short_side) / (1 + seen.measures["blur"])
+            against = screens.judge(*_split(seen.measures), row["domain"], self._how.limits)
+            reason = against[0][0] if against else ""
         else:
             reason = ""
         decision = self._by_hand.get(seen.sha256)
@@ -216,7 +222,7 @@ class _Judged:
                         told[self._class[i]].append(i)
                     elif not self._class[i] and i not in self._reason:
                         open_.append(i)
-            if open_ and self._how.confidence <= 1:
+            if open_ and self._how.precision <= 1:
                 self._probe(domain, told, open_)
 
     def _probe(self, domain: str, told: Mapping[str, Sequence[int]], open_: Sequence[int]) -> None:
@@ -225,21 +231,23 @@ class _Judged:
             for places in told.values()
             for i in sorted((p for p in places if p not in self._reason), key=self._lot)[:_PROBED]
         ]
-        probe = class_probe.fit(
-            self._journal.features([self._name[i] for i in fitted]),
-            [self._class[i] for i in fitted],
-            [self._groups.of(self._group[i]) for i in fitted],
-        )
-        if probe is None:
-            log(f"collect: too few labelled {domain} pictures to tell the class of {len(open_)}")
+        try:
+            probe = class_probe.fit(
+                self._journal.features([self._name[i] for i in fitted]),
+                [self._class[i] for i in fitted],
+                [self._groups.of(self._group[i]) for i in fitted],
+            )
+        except UserError as error:
+            log(f"collect: {len(open_)} {domain} pictures without a class stay so: {error}")
             return
+        least = probe.threshold(self._how.precision)
         for start in range(0, len(open_), _CHUNK):
             part = open_[start : start + _CHUNK]
-            names, confidence = probe.predict(self._journal.features([self._name[i] for i in part]))
-            for i, name, sure in zip(part, names, confidence, strict=True):
-                self._extra.setdefault(i, {})["confidence"] = round(float(sure), 4)
-                if sure >= self._how.confidence:
-                    self._class[i] = name
+            names, sure = probe.predict(self._journal.features([self._name[i] for i in part]))
+            for i, name, confidence in zip(part, names, sure, strict=True):
+                self._extra.setdefault(i, {})["confidence"] = round(float(confidence), 4)
+                if confidence >= least:
+                    self._class[i] = str(name)
                     self._extra[i]["labelled_by"] = "probe"
 
     def _lot(self, i: int) -> int:
@@ -290,6 +298,19 @@ class _Judged:
             "reason": self._reason.get(i, ""),
             "labelled_by": "source" if cls else "",
             "sha256": seen.sha256,
-            **screens.columns(seen.measures or {}),
+            **_columns(seen.measures or {}),
             **extra,
         }
+
+
+def _split(told: Mapping[str, float]) -> tuple[screens.Measures, screens.Scores]:
+    names = screens.Measures.__dataclass_fields__
+    return (
+        screens.Measures(**{name: told[name] for name in names}),  # type: ignore[arg-type]
+        screens.Scores(**{n: value for n, value in told.items() if n not in names}),
+    )
+
+
+def _columns(told: Mapping[str, float]) -> Row:
+    """What the manifest says of a picture's measures."""
+    return {column: round(told[name], 4) for column, name in _MEASURED.items() if name in told}

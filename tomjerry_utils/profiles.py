@@ -54,7 +54,7 @@ class CollectSettings(_Settings):
     smallest: int = Positive
     both: Literal["found", "composites", "none"]
     neither: Literal["drop", "background"]
-    label_confidence: float = NotNegative
+    label_precision: float = NotNegative
     decisions: str
     kaggle_cartoon: str
     kaggle_cat: str
