@@ -80,7 +80,7 @@ def review(
 
     sheet = contact_sheet(rows, images, decisions, limit=per_page, columns=columns, score=score)
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, "jpeg", quality=85)
+    Image.fromarray(sheet).save(buffer, "jpeg", quality=80)
     alt = f"Contact sheet of pictures with reasons. {count(rows, decisions)}."
     return Shown(buffer.getvalue(), format="jpeg", alt=alt)
 
@@ -119,7 +119,7 @@ class _Gallery:
         self._told = w.HTML()
         self._place = w.HTML()
         self._keys = w.Text(description="keys", placeholder="k d 1 2 3 0 u . ,")
-        self._note = w.Text(description="note", placeholder="goes with a drop")
+        self._note = w.Text(description="note", placeholder="goes with drops")
         self._grid = w.GridBox(
             layout={"grid_template_columns": f"repeat({self._columns}, minmax(0, 1fr))"}
         )
@@ -276,7 +276,8 @@ class _Gallery:
         moves = slot is None and what in ("keep", "drop")
         self._at = min(self._at + moves, len(self._order) - 1)
         name = row["file_name"].rpartition("/")[2]
-        self._show(f"{name}: {made.decision} {made.cls}" if made else f"{name}: as screened")
+        said = [made.decision, made.cls, made.note] if made else ["as screened"]
+        self._show(f"{name}: {', '.join(word for word in said if word)}")
 
     def _take_back(self) -> None:
         if not self._undo:

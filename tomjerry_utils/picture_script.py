@@ -16,6 +16,9 @@ a note, <kbd>S</kbd> save. <kbd>Tab</kbd> reaches every control.</p>
 <label>source <select id="source"></select></label>
 <label>reason <select id="kind"></select></label>
 </p>
+</header>
+<main>
+<div id="tools">
 <p class="bar" role="group" aria-label="decide about the chosen picture">
 <button type="button" id="keep">Keep</button>
 <button type="button" id="drop">Drop</button>
@@ -24,12 +27,11 @@ a note, <kbd>S</kbd> save. <kbd>Tab</kbd> reaches every control.</p>
 <button type="button" id="both">both</button>
 <button type="button" id="clear">Take back</button>
 <button type="button" id="undo">Undo</button>
-<label>note to a drop <input id="note" maxlength="120" autocomplete="off"></label>
+<label>note to drops <input id="note" maxlength="120" autocomplete="off"></label>
 <button type="button" id="save">Save decisions.jsonl</button>
 </p>
-<p><span id="said" role="status"></span></p>
-</header>
-<main>
+<p id="said" role="status"></p>
+</div>
 <div id="grid" role="grid" aria-label="pictures"></div>
 <p class="bar"><button type="button" id="before">Page before</button>
 <span id="place"></span>
@@ -39,19 +41,20 @@ a note, <kbd>S</kbd> save. <kbd>Tab</kbd> reaches every control.</p>
 <script type="application/json" id="data"><!--data--></script>"""
 
 STYLE = """
-header { position: sticky; top: 0; padding: .5rem 0; background: Canvas;
-  border-bottom: 1px solid GrayText; z-index: 1; }
+#tools { position: sticky; top: 0; padding: .3rem 0; background: Canvas; z-index: 1;
+  border-bottom: 1px solid GrayText; }
 .bar { display: flex; flex-wrap: wrap; gap: .3rem .6rem; align-items: center; margin: .3rem 0; }
-#note { width: 10rem; } #said { min-height: 1.5em; display: block; font-weight: bold; }
+#note { width: 10rem; } #said { margin: .3rem 0; font-weight: bold; }
 [role="row"] { display: grid; gap: .5rem; margin: .5rem 0; }
 [role="gridcell"] { padding: .4rem; border: 2px solid GrayText; border-radius: 4px; min-width: 0;
-  scroll-margin: 16rem 0 2rem; font-size: .8rem; overflow-wrap: anywhere; }
+  scroll-margin: 9rem 0 2rem; font-size: .8rem; overflow-wrap: anywhere; }
 [role="gridcell"] p { margin: .15rem 0; line-height: 1.25; }
 [data-kept="true"] { border-color: #0072B2; border-top-width: 6px; }
 [data-kept="false"] { border: 2px dashed #D55E00; border-top-width: 6px; }
 [data-kept="false"] img { opacity: .45; }
 [aria-selected="true"] { box-shadow: 0 0 0 3px #56B4E9; }
 img { display: block; width: 96px; max-width: 100%; height: 96px; object-fit: contain; }
+@media (max-width: 44rem) { #tools { position: static; } }
 .none { width: 96px; height: 96px; max-width: 100%; } .state { font-weight: bold; }
 [role="gridcell"] button { padding: 0 .3em; } [aria-pressed="true"] { font-weight: bold; }
 """
@@ -279,7 +282,8 @@ function act(what, move = true) {
   keep();
   const { state, cls } = words(picture);
   const decision = session.decisions[picture.sha256];
-  say(picture.file_name.split("/").pop() + ": " + (decision ? state + ", " + cls : "as screened"));
+  const done = [state, cls, decision && decision.note].filter(Boolean).join(", ");
+  say(picture.file_name.split("/").pop() + ": " + (decision ? done : "as screened"));
   cells[at - startOfPage()].focus();
   // A class is often given together with keep or drop: only those two move on.
   if (move && (what === "keep" || what === "drop")) go(at + 1);

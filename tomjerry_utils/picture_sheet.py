@@ -56,7 +56,7 @@ def contact_sheet(
     shape = (columns * tile_w, head + -(-len(chosen) // columns) * tile_h)
     sheet = Image.new("RGB", shape, "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(10.5)
+    font = ImageFont.load_default(11)
     kept = sum(row["kept"] for row in now)
     title = f"{kept} kept, {len(now) - kept} dropped, {left_out} not open to decisions"
     draw.text((6, 4), _cut(title, shape[0] - 12, font, 1)[0], "black", font)
