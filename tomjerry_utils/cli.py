@@ -32,6 +32,7 @@ OK, MISTAKE, STOPPED = 0, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    arguments = argparse.Namespace()
     try:
         with _interrupts():
             arguments = _parser().parse_args(argv)
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _mistake(str(error))
     except OSError as error:
-        return _mistake(_explain(error))
+        return _mistake(_explain(error, getattr(arguments, "out", None)))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -60,11 +61,15 @@ def _mistake(message: str) -> int:
     return MISTAKE
 
 
-def _explain(error: OSError) -> str:
-    """An error of the operating system in one line: what, where, how to mend it."""
+def _explain(error: OSError, out: Path | None = None) -> str:
+    """An error of the operating system in one line: what, where, how to mend it.
+
+    A write that finds no room does not say where; then it was on its way to `out`.
+    """
+    space = "free some space or choose another disk (TOMJERRY_RUNS moves the runs)"
+    full = {errno.ENOSPC: space, errno.EDQUOT: space, errno.EFBIG: f"{space}, or raise ulimit -f"}
     hints = {
-        errno.ENOSPC: "free some space or choose another disk (TOMJERRY_RUNS moves the runs)",
-        errno.EDQUOT: "free some space or choose another disk (TOMJERRY_RUNS moves the runs)",
+        **full,
         errno.EROFS: "choose a folder that can be written to",
         errno.EACCES: "choose a folder that you may write to, or change its permissions",
         errno.EPERM: "choose a folder that you may write to, or change its permissions",
@@ -76,7 +81,8 @@ def _explain(error: OSError) -> str:
     }
     if not error.strerror and str(error):
         return str(error)  # raised by a library, or by us, with words of its own
-    where = f"{error.filename}: " if error.filename else ""
+    place = error.filename or (out if error.errno in full else None)
+    where = f"{place}: " if place else ""
     what = (error.strerror or type(error).__name__).lower()
     hint = hints.get(error.errno or 0, "check the disk, the network and the path")
     return f"{where}{what}: {hint}"

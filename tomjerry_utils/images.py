@@ -1,30 +1,28 @@
 """Pictures in and out: load, save, resize, tensors, grids.
 
-In memory a picture is `(H, W, 3)` uint8 RGB. Loading brings every file that Pillow can read into
-that form: turned as its EXIF note says, transparency laid on a soft light ground, CMYK, grey and
-16-bit pictures converted.
+In memory a picture is `(H, W, 3)` uint8 RGB; `picture_files` brings files of every kind into that
+form.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from tomjerry_utils import UserError
+from tomjerry_utils.picture_files import GROUND, read_picture
+from tomjerry_utils.picture_files import MAX_PIXELS as MAX_PIXELS
 from tomjerry_utils.runs import atomic_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-GROUND = (244, 240, 232)  # what shows through a transparent picture: warm paper
-MAX_PIXELS = 100_000_000  # larger files are most likely a mistake, or made to exhaust memory
 
 Fit = Literal["crop", "pad", "stretch"]
 
@@ -33,39 +31,13 @@ def load_image(path: str | os.PathLike[str], size: int | None = None) -> np.ndar
     """Read a picture file as `(H, W, 3)` uint8 RGB.
 
     Args:
-        path: any format that Pillow reads; of an animation, the first frame.
+        path: a picture file of any kind that `picture_files` reads.
         size: make it square, `(size, size, 3)`, by `resize`; None keeps its own size.
 
     Raises:
         UserError: no such file, not a picture, broken, or more than `MAX_PIXELS`.
     """
-    where = Path(path)
-    try:
-        with warnings.catch_warnings():
-            # The size is checked below, before any pixel is decoded.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(where) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise UserError(
-                        f"{where}: {width}×{height} pixels are more than {MAX_PIXELS // 10**6} "
-                        "million: make the picture smaller first"
-                    )
-                image.load()
-                array = _to_rgb(image)
-    except FileNotFoundError:
-        raise UserError(f"no picture {where}: check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{where} is a folder: give a picture file") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{where}: not a picture that can be read: convert it to PNG") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"{where}: far too many pixels: make the picture smaller first") from None
-    except PermissionError:
-        raise UserError(f"{where}: no permission to read it: change its permissions") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where}: broken picture ({reason}): replace or remove it") from None
+    array = read_picture(path).array
     return array if size is None else resize(array, size)
 
 
@@ -245,30 +217,6 @@ def list_images(folder: str | os.PathLike[str], *, recursive: bool = True) -> li
 
 
 # ---- helpers -----------------------------------------------------------------------------------
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        return _from_wide(np.asarray(image), image.mode)
-    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-    if transparent:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (*GROUND, 255))
-        image = Image.alpha_composite(canvas, image)
-    return np.array(image.convert("RGB"))
-
-
-def _from_wide(values: np.ndarray, mode: str) -> np.ndarray:
-    """16-bit, 32-bit and float grey: Pillow's own conversion would clip them to white."""
-    if not np.isfinite(values).all():
-        raise ValueError("holds numbers that are not finite")
-    top = float(values.max(initial=0))
-    # Only I;16 says what white is; elsewhere the smallest usual white that holds every value.
-    usual = {"I;16": (65535.0,), "F": (1.0, 255.0, 65535.0)}.get(mode[:4], (255.0, 65535.0))
-    white = next((value for value in usual if top <= value), top)
-    grey = (np.clip(values / white, 0.0, 1.0) * 255).round().astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=-1)
 
 
 def _check(array: np.ndarray) -> np.ndarray:
