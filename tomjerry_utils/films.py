@@ -1,31 +1,40 @@
-"""Films: read frames through PyAV, find the cuts between shots.
+"""Films: where their shots, dissolves and borders are, and which frames are worth keeping.
 
-A cut is where two things change at once, and only there: the colours and the edges. Flashes change
-the colours and come back; a fast pan changes the edges for many frames. The threshold adapts to the
-frames around.
+One fast pass over a film finds all of this (`open_film`); a second one reads only the frames that
+`Film.sample` chose (`Film.pictures`).
 """
 
 from __future__ import annotations
 
 import bisect
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tomjerry_utils import UserError
+from tomjerry_utils.film_checks import MIXED, Borders, Marks, is_card
+from tomjerry_utils.film_frames import (
+    Glance,
+    Index,
+    look_through,
+    read_frames,
+    read_index,
+    read_pictures,
+)
+from tomjerry_utils.runs import atomic_path
+from tomjerry_utils.shots import THUMB, ShotFinder, Transition, find_cuts
 
-if TYPE_CHECKING:
-    import av
+__all__ = ["THUMB", "VIDEO_SUFFIXES", "Film", "find_cuts", "open_film", "read_frames"]
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".mpg", ".mpeg", ".ogv", ".wmv")
-THUMB = (64, 36)  # width and height that cuts are looked for at
-_BINS = 8  # of each colour's histogram
-_LAGS = 8  # frames that a flash may last
-_WINDOW = 6  # frames on either side that say how restless the film is here
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".mpg", ".mpeg", ".ogv", ".wmv"),
+    *(".ts", ".flv"),
+)
+_PROBES_S = 0.5  # seconds between two frames that borders and writing are looked for on
+_AWAY = 2  # frames at each end of a shot that are kept only if there is nothing else
 
 
 @dataclass
@@ -36,136 +45,184 @@ class Film:
         path: the file.
         times: seconds of each frame from the film's first.
         cuts: the first frame of every shot; the first of them is 0.
+        hard: the first frame after each hard cut; the other shots begin in a dissolve or fade.
+        transitions: dissolves and fades; no frame in them is kept.
+        borders: rows or columns at the top, bottom, left and right that are no picture.
+        marks: what was seen of the frames that were looked at.
+        index: how to find a frame in the file.
     """
 
     path: Path
-    times: list[float] = field(repr=False)
+    times: Sequence[float] = field(repr=False)
     cuts: list[int]
+    hard: list[int] = field(default_factory=list)
+    transitions: list[Transition] = field(default_factory=list)
+    borders: tuple[int, int, int, int] = (0, 0, 0, 0)
+    marks: Marks | None = field(default=None, repr=False)
+    index: Index | None = field(default=None, repr=False)
+    _why: list[str] | None = field(default=None, repr=False)
 
     def shot_of(self, frame: int) -> int:
         """The shot, from 0, that a frame is in."""
         return bisect.bisect_right(self.cuts, frame) - 1
 
     def sample(self, every_s: float) -> list[int]:
-        """Frames to keep: one for each `every_s` of a shot, at least one, away from its ends."""
-        chosen: list[int] = []
-        for first, end in zip(self.cuts, [*self.cuts[1:], len(self.times)], strict=True):
+        """Frames to keep: one for each `every_s` of a shot, at least one, away from its ends.
+
+        Black, blurred and combed frames, writing and dissolves are passed over, as long as there is
+        anything else nearby.
+        """
+        return [frame for frame, reason in self.choose(every_s) if not reason]
+
+    def choose(self, every_s: float) -> list[tuple[int, str]]:
+        """As `sample`, and with a reason the frames of the places where none is worth keeping."""
+        chosen: list[tuple[int, str]] = []
+        ends = [*self.cuts[1:], len(self.times)]
+        for first, end in zip(self.cuts, ends, strict=True):
             seconds = self.times[end - 1] - self.times[first]
             count = min(max(1, round(seconds / every_s)), end - first)
-            chosen += [first + int((k + 0.5) * (end - first) / count) for k in range(count)]
+            edges = [self._at(self.times[first] + seconds * k / count) for k in range(count)]
+            edges = [max(a, first) for a in edges] + [end]
+            for begin, stop in zip(edges[:-1], edges[1:], strict=True):
+                found = self._best(begin, stop, first, end) if stop > begin else None
+                if found and (not chosen or found[0] > chosen[-1][0]):
+                    chosen.append(found)
         return chosen
+
+    def pictures(self, wanted: Sequence[int]) -> Iterator[np.ndarray | None]:
+        """Frames in full quality, upright, without borders: (H, W, 3) uint8, or None if damaged.
+
+        Args:
+            wanted: ascending numbers of frames.
+
+        Raises:
+            UserError: the film is gone.
+        """
+        index = self.index or read_index(self.path)
+        looked = set(self.marks.number) if self.marks else set()
+        if not looked.issuperset(wanted):
+            index = replace(index, skip="DEFAULT")
+        return read_pictures(self.path, index, wanted, self.borders)
+
+    def save(self, path: Path) -> None:
+        """Write down what was found, as one npz file."""
+        index, marks = self.index or Index(array("q"), array("q"), 0.0), self.marks or Marks()
+        spans = [(t.first, t.end, _KINDS.index(t.kind)) for t in self.transitions]
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file,
+                allow_pickle=False,
+                times=np.asarray(self.times),
+                cuts=np.asarray(self.cuts),
+                hard=np.asarray(self.hard, np.int64),
+                borders=np.asarray(self.borders),
+                transitions=np.asarray(spans, np.int64).reshape(-1, 3),
+                stamps=np.asarray(index.stamps, np.int64),
+                keys=np.asarray(index.keys, np.int64),
+                unit=np.asarray(index.unit),
+                skip=np.asarray(index.skip),
+                stretch=np.asarray(index.stretch),
+                **{f"mark_{name}": np.asarray(values) for name, values in vars(marks).items()},
+            )
+
+    @staticmethod
+    def load(saved: Path, path: Path) -> Film:
+        """The film at `path`, as `save` wrote it down."""
+        with np.load(saved, allow_pickle=False) as found:
+            top, bottom, left, right = found["borders"].tolist()
+            marks = Marks()
+            for name, values in vars(marks).items():
+                values.frombytes(found[f"mark_{name}"].astype(values.typecode).tobytes())
+            return Film(
+                path,
+                array("d", found["times"].tobytes()),
+                found["cuts"].tolist(),
+                found["hard"].tolist(),
+                [Transition(a, b, _KINDS[k]) for a, b, k in found["transitions"].tolist()],
+                (top, bottom, left, right),
+                marks,
+                Index(
+                    array("q", found["stamps"].tobytes()),
+                    array("q", found["keys"].tobytes()),
+                    float(found["unit"]),
+                    str(found["skip"]),
+                    float(found["stretch"]),
+                ),
+            )
+
+    def _at(self, time: float) -> int:
+        return bisect.bisect_left(self.times, time - 1e-9)
+
+    def _best(self, begin: int, stop: int, first: int, end: int) -> tuple[int, str] | None:
+        """The frame nearest the middle of a stretch that may be kept, or one with the reason."""
+        middle = begin + (stop - begin) // 2
+        if self.marks is None or not self.marks.number:
+            return middle, ""
+        if self._why is None:
+            self._why = self.marks.reasons(self.cuts)
+        number = self.marks.number
+        span = range(bisect.bisect_left(number, begin), bisect.bisect_left(number, stop))
+        if not span:
+            return None
+        near = sorted(span, key=lambda i: (abs(number[i] - middle), number[i]))
+        inner = [i for i in near if first + _AWAY <= number[i] < end - _AWAY] or near
+        free = [i for i in inner if not self._mixed(number[i])]
+        if not free:
+            return number[near[0]], MIXED
+        good = next((i for i in free if not self._why[i]), None)
+        return (number[free[0]], self._why[free[0]]) if good is None else (number[good], "")
+
+    def _mixed(self, frame: int) -> bool:
+        at = bisect.bisect_right(self.transitions, frame, key=lambda t: t.first) - 1
+        return at >= 0 and frame < self.transitions[at].end
+
+
+_KINDS = ("dissolve", "fade out", "fade in")
 
 
 def open_film(path: Path) -> Film:
-    """Read a film once, at thumbnail size, and find its shots.
+    """Read a film once, fast, and find its shots, dissolves, borders and unusable frames.
 
     Raises:
         UserError: no such file, not a film, or no frame in it can be read.
     """
-    times: list[float] = []
+    index = read_index(path)
+    # What the decoder may leave out is guessed from the codec; where that fails, more is decoded.
+    tries = [replace(index, skip=skip) for skip in dict.fromkeys((index.skip, "NONREF", "DEFAULT"))]
+    for attempt in [*tries, Index(array("q"), array("q"), 0.0, stretch=index.stretch)]:
+        try:
+            return _scan(path, attempt)
+        except LookupError:
+            continue
+    raise UserError(f"{path}: its frames have no order: convert it to mp4")
 
-    def thumbs() -> Iterator[np.ndarray]:
-        for _, frame in read_frames(path):
+
+def _scan(path: Path, index: Index) -> Film:
+    times = _times(index)
+    finder, glance, marks, borders = ShotFinder(), Glance(), Marks(), Borders()
+    probed, card = -1.0, False
+    for number, frame in look_through(path, index):
+        if not index.stamps:
             start = times[-1] + 0.04 if times else 0.0
-            times.append(float(frame.time) if frame.time is not None else start)
-            small = frame.reformat(width=THUMB[0], height=THUMB[1], format="rgb24")
-            yield small.to_ndarray()
-
-    cuts = find_cuts(thumbs())
-    if not times:
+            told = float(frame.time) if frame.time is not None else start
+            times.append(told if not times or told > times[-1] else start)
+        planes = glance.planes(frame)
+        thumb = glance.thumb(planes)
+        finder.push(number, thumb)
+        probe = times[number] - probed >= _PROBES_S or probed < 0
+        if probe:
+            probed, card = times[number], is_card(planes[0])
+        marks.add(number, planes[0], thumb, card)
+        if probe and marks.spread[-1] >= 8:
+            borders.add(planes[0])
+    if not marks.number:
         raise UserError(f"{path}: no picture in this film can be read: give a film that plays")
-    return Film(path, [round(t - times[0], 6) for t in times], [0, *cuts])
+    zero = times[0]
+    times = array("d", (round(t - zero, 6) for t in times))
+    shots = finder.finish()
+    shots.cuts = [cut - gap // 2 for cut, gap in zip(shots.cuts, shots.gaps, strict=True)]
+    return Film(path, times, shots.starts(), shots.cuts, shots.transitions, borders.find(), marks, index)
 
 
-def read_frames(path: Path) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The frames of a film, numbered from 0; a damaged stretch is skipped.
-
-    Raises:
-        UserError: no such file, or not a film.
-    """
-    import av
-
-    try:
-        container = av.open(str(path))
-    except FileNotFoundError:
-        raise UserError(f"no film {path}: check the path") from None
-    except av.FFmpegError as error:
-        raise UserError(f"{path}: not a film that can be read ({error.strerror})") from None
-    with container:
-        if not container.streams.video:
-            raise UserError(f"{path}: holds no picture track: give a film")
-        stream = container.streams.video[0]
-        number = 0
-        packets = container.demux(stream)
-        while True:
-            frames: list[Any] = []
-            try:
-                frames = list(next(packets).decode())
-            except StopIteration:
-                return
-            except av.EOFError:
-                return
-            except av.FFmpegError:
-                continue
-            for frame in frames:
-                yield number, frame
-                number += 1
-
-
-def find_cuts(
-    thumbs: Iterable[np.ndarray], *, least: float = 0.08, ratio: float = 2.4
-) -> list[int]:
-    """The first frames of new shots.
-
-    The score of a frame is (change of the colour histogram) × (1 − correlation of the edges), both
-    against the frame before. A cut is a peak of at least `least` and `ratio` times as high as the
-    film's restlessness on either side; if the picture from before is back within `_LAGS` frames it
-    was a flash.
-
-    Args:
-        thumbs: (h, w, 3) uint8, one a frame, all of one size.
-        least: score from 0 to 1 below which nothing is a cut.
-        ratio: how far a cut stands out from the frames around it.
-    """
-    recent: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=_LAGS + 1)
-    rows: list[np.ndarray] = []
-    for thumb in thumbs:
-        recent.append(_signature(thumb))
-        # rows[i][k] is the distance from frame i - k - 1 to frame i.
-        row = np.ones(_LAGS, np.float32)
-        for lag in range(1, len(recent)):
-            row[lag - 1] = _distance(recent[-1 - lag], recent[-1])
-        rows.append(row)
-    if len(rows) < 2:
-        return []
-    table = np.stack(rows)
-    score = table[:, 0].copy()
-    score[0] = 0.0
-    return [i for i in range(1, len(score)) if _is_cut(i, score, table, least, ratio)]
-
-
-def _is_cut(i: int, score: np.ndarray, table: np.ndarray, least: float, ratio: float) -> bool:
-    if score[i] < least or score[i] < score[max(i - 3, 1) : i + 4].max():
-        return False
-    sides = (score[max(i - _WINDOW, 1) : i], score[i + 1 : i + 1 + _WINDOW])
-    restless = max((float(np.median(side)) for side in sides if len(side)), default=0.0)
-    if score[i] < ratio * (restless + 0.02):
-        return False
-    after = [table[i + k, k] for k in range(1, _LAGS) if i + k < len(table)]
-    before = [table[i, k] for k in range(1, min(_LAGS, i))]
-    return min([*after, *before], default=1.0) > 0.3 * score[i]
-
-
-def _signature(thumb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Colour histogram (3 × bins, sums to 1) and the unit vector of edge strengths."""
-    levels = thumb.astype(np.int64) * _BINS // 256 + np.arange(3) * _BINS
-    colours = np.bincount(levels.ravel(), minlength=3 * _BINS) / levels.size
-    grey = thumb.astype(np.float32).mean(2)
-    edges = np.hypot(np.diff(grey, axis=1)[:-1], np.diff(grey, axis=0)[:, :-1]).ravel()
-    edges -= edges.mean()
-    return colours, edges / (np.linalg.norm(edges) + 1e-6)
-
-
-def _distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
-    colours = 0.5 * float(np.abs(a[0] - b[0]).sum())
-    return colours * (1.0 - float(a[1] @ b[1]))
+def _times(index: Index) -> array[float]:
+    return array("d", (stamp * index.unit for stamp in index.stamps))

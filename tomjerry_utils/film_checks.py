@@ -1,0 +1,207 @@
+"""Which frames of a film are worth keeping, and where its picture ends.
+
+Of every frame looked at five bytes are kept, so that hours of film fit into memory. All measures
+are ratios or counts within one frame; what is blurred is told against the rest of its shot.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_LINES = 24  # rows and columns of a frame that sharpness and combing are measured on
+_STATIC = 14  # levels that a pixel of a border may vary over a whole film, by its compression
+_DEEPEST = 0.4  # share of a frame's height or width that a border may take on one side
+_CARD = (90, 160)  # rows and columns at which writing is looked for
+
+BLACK = "black: nothing is shown"
+FLAT = "empty: one flat colour"
+CARD = "title card or credits: writing on a plain ground"
+COMBED = "combed: two fields of an interlaced film in one frame"
+BLURRED = "blurred: far softer than its shot or film"
+MIXED = "dissolve or fade: the whole shot lies in it"
+
+
+@dataclass
+class Marks:
+    """What is remembered of the frames looked at, a few bytes for each.
+
+    Attributes:
+        number: of the frame.
+        light: median luma.
+        spread: luma between the 2nd and 98th percentile, in the middle of the frame.
+        sharp: how steep edges are: 255 for steps from one pixel to the next.
+        comb: share of pixels in a comb, in 1/1000, at most 255.
+        card: 1 where the frame holds writing on a plain ground.
+    """
+
+    number: array[int] = field(default_factory=lambda: array("L"))
+    light: array[int] = field(default_factory=lambda: array("B"))
+    spread: array[int] = field(default_factory=lambda: array("B"))
+    sharp: array[int] = field(default_factory=lambda: array("B"))
+    comb: array[int] = field(default_factory=lambda: array("B"))
+    card: array[int] = field(default_factory=lambda: array("B"))
+
+    def add(self, number: int, luma: np.ndarray, thumb: np.ndarray, card: bool) -> None:
+        """Remember a frame.
+
+        Args:
+            luma: (H, W) uint8.
+            thumb: (h, w, 3) uint8, luma first.
+            card: whether `is_card` says so of it, or of a frame just before.
+        """
+        h, w = thumb.shape[:2]
+        inner = np.sort(thumb[h // 4 : h - h // 4, w // 4 : w - w // 4, 0], axis=None)
+        few = len(inner) // 50
+        self.number.append(number)
+        self.light.append(int(inner[len(inner) // 2]))
+        self.spread.append(int(inner[-1 - few]) - int(inner[few]))
+        self.sharp.append(round(255 * sharpness(luma)))
+        self.comb.append(min(255, round(1000 * combing(luma))))
+        self.card.append(card)
+
+    def reasons(self, starts: Sequence[int]) -> list[str]:
+        """Why each frame is not worth keeping; "" where it is.
+
+        Args:
+            starts: first frames of the shots, ascending, from 0.
+        """
+        number, light, spread, sharp, comb, card = (
+            np.asarray(getattr(self, name))
+            for name in ("number", "light", "spread", "sharp", "comb", "card")
+        )
+        flat = spread < 8
+        shot = np.searchsorted(starts, number, side="right")
+        soft = np.zeros(len(number), bool)
+        lively = sharp[~flat]
+        if len(lively):
+            soft = sharp < 0.4 * float(np.quantile(lively, 0.5))
+            for first, end in _runs(shot):
+                part = slice(first, end)
+                shown = sharp[part][~flat[part]]
+                if len(shown):
+                    soft[part] |= sharp[part] < 0.5 * float(np.quantile(shown, 0.75))
+        told = [(soft, BLURRED), (comb > 6, COMBED), (card > 0, CARD), (flat, FLAT)]
+        told.append((flat & (light < 40), BLACK))
+        out = [""] * len(number)
+        for where, reason in told:
+            for i in np.flatnonzero(where):
+                out[i] = reason
+        return out
+
+
+def _runs(values: np.ndarray) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(values)) + 1
+    return list(zip([0, *edges.tolist()], [*edges.tolist(), len(values)], strict=True))
+
+
+def sharpness(luma: np.ndarray) -> float:
+    """How steep the edges are along the softer direction, 0 to 1.
+
+    The energy of differences over one pixel against those over four: all edges being steps gives
+    1, ramps over w pixels about 1/w. Where nothing changes there is no saying: 0.
+    """
+    rows = luma[_spaced(luma.shape[0])].astype(np.int16)
+    columns = luma[:, _spaced(luma.shape[1])].astype(np.int16)
+    found = []
+    for a in (rows.T, columns):
+        near, far = np.diff(a, axis=0), a[4:] - a[:-4]
+        whole = float(np.square(far, dtype=np.int32).mean()) if len(far) else 0.0
+        if whole > 4.0:
+            found.append(4 * float(np.square(near, dtype=np.int32).mean()) / whole)
+    return min(min(found), 1.0) if found else 0.0
+
+
+def combing(luma: np.ndarray) -> float:
+    """The share of pixels whose rows go up and down by turns, as where two fields differ."""
+    a = luma[:, _spaced(luma.shape[1], 2 * _LINES)].astype(np.int16)
+    step = np.diff(a, axis=0)
+    turn = np.minimum(np.abs(step[1:]), np.abs(step[:-1])) > 10
+    turn &= np.sign(step[1:]) != np.sign(step[:-1])
+    # One field by itself is smooth there: rows two apart are alike.
+    turn &= np.abs(a[2:] - a[:-2]) < 8
+    return float((turn[:-2] & turn[1:-1] & turn[2:]).mean()) if len(turn) > 2 else 0.0
+
+
+def is_card(luma: np.ndarray) -> bool:
+    """Whether a frame shows lines of writing on a plain ground.
+
+    Thin strokes that stand out, many to a row, on a ground of one level that fills most of the
+    frame. Painted title cards are not told from pictures.
+    """
+    rows, columns = (
+        ((np.arange(n) + 0.5) * edge / n).astype(np.intp)
+        for n, edge in zip(_CARD, luma.shape, strict=True)
+    )
+    small = luma[rows][:, columns].astype(np.int16)
+    ground = int(np.bincount(small.ravel(), minlength=256).argmax())
+    off = np.abs(small - ground)
+    if (off <= 10).mean() < 0.65:
+        return False
+    ink = off > 50
+    if not 0.004 < ink.mean() < 0.25:
+        return False
+    # Writing has no areas: nothing is left of it where 5 × 5 pixels must all be ink.
+    area = np.lib.stride_tricks.sliding_window_view(ink, (5, 5)).all((2, 3)).sum()
+    if area > 0.02 * ink.sum():
+        return False
+    strokes = (np.diff(ink.astype(np.int8), axis=1) > 0).sum(1)
+    written = strokes[strokes > 0]
+    return len(written) >= 4 and float(np.median(written)) >= 5
+
+
+def _spaced(edge: int, count: int = _LINES) -> np.ndarray:
+    return ((np.arange(count) + 0.5) * edge / count).astype(np.intp)
+
+
+class Borders:
+    """Finds bars and burnt-in frames: what at the edges never changes while the film does.
+
+    A dark scene is no border: something brightens there in some other shot, and what stays dark
+    has no straight edge.
+    """
+
+    def __init__(self) -> None:
+        self._low = self._high = np.zeros((0, 0), np.uint8)
+        self.seen = 0
+
+    def add(self, luma: np.ndarray) -> None:
+        """See a frame, (H, W) uint8; a frame of another size begins anew."""
+        if luma.shape != self._low.shape:
+            self._low, self._high, self.seen = luma.copy(), luma.copy(), 0
+        np.minimum(self._low, luma, out=self._low)
+        np.maximum(self._high, luma, out=self._high)
+        self.seen += 1
+
+    def find(self) -> tuple[int, int, int, int]:
+        """Rows or columns to cut off at the top, bottom, left and right."""
+        if not self._low.size:
+            return 0, 0, 0, 0
+        moved = self._high.astype(np.int16) - self._low > _STATIC
+        if moved.mean() < 0.2:
+            return 0, 0, 0, 0  # too little happens to tell a border from a still background
+        top, bottom = (self._edge(moved, self._high, flip) for flip in (False, True))
+        inner = slice(top, moved.shape[0] - bottom)
+        left, right = (
+            self._edge(moved[inner].T, self._high[inner].T, flip) for flip in (False, True)
+        )
+        return top, bottom, left, right
+
+    def _edge(self, moved: np.ndarray, high: np.ndarray, flip: bool) -> int:
+        if flip:
+            moved, high = moved[::-1], high[::-1]
+        del high
+        share = moved.mean(1)
+        still = share <= 0.02
+        depth = int(np.argmin(still)) if not still.all() else 0
+        if not 1 <= depth <= _DEEPEST * len(moved):
+            return 0
+        # The picture begins at once, along a straight line: else it was only dark there.
+        ahead = share[depth : depth + 4]
+        if float(ahead.max()) < 0.5:
+            return 0
+        # The first rows of the picture are mixed with the border by scaling and compression.
+        return depth + min(1 + int(np.argmax(ahead >= 0.5)), 4)

@@ -1,0 +1,289 @@
+"""Frames of a film through PyAV: numbered, looked at cheaply, read again where they are wanted.
+
+A film is read twice. The first time its frames only have to be recognised: the loop filter and, in
+the codecs where nothing refers to them, the B frames are left out, and no frame is converted; a few
+rows and columns of its planes are enough. The second time only the wanted frames are decoded, from
+the nearest key frame before each, and in full quality.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from tomjerry_utils import UserError
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+
+# Codecs in which no other frame is predicted from a B frame, or only other B frames are.
+_B_IS_SPARE = ("h264", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v3", "wmv3", "vc1")
+_PLANAR = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
+_SPARSEST = 6  # of how many frames one is looked at, at the least
+
+
+@dataclass
+class Index:
+    """When each frame of a film is shown, and which can be decoded by themselves.
+
+    Attributes:
+        stamps: time stamps, ascending, in units of `unit` seconds; empty where the film has none
+            that can be trusted: then frames are counted as they are decoded.
+        keys: numbers of the key frames.
+        unit: seconds.
+        skip: what the decoder may leave out: "BIDIR", "NONREF" or "DEFAULT" (nothing).
+        stretch: width of a stored pixel, its height being 1.
+    """
+
+    stamps: array[int]
+    keys: array[int]
+    unit: float
+    skip: str = "DEFAULT"
+    stretch: float = 1.0
+
+    def number(self, stamp: int | None) -> int:
+        """The number of the frame with this time stamp; -1 where there is none."""
+        if stamp is None:
+            return -1
+        at = int(np.searchsorted(np.frombuffer(self.stamps, np.int64), stamp))
+        return at if at < len(self.stamps) and self.stamps[at] == stamp else -1
+
+
+def open_container(path: Path) -> InputContainer:
+    """Open a film.
+
+    Raises:
+        UserError: no such file, not a film, or without a picture track.
+    """
+    import av
+
+    try:
+        container = av.open(str(path), metadata_errors="replace")
+    except FileNotFoundError:
+        raise UserError(f"no film {path}: check the path") from None
+    except (av.FFmpegError, OSError, ValueError) as error:
+        told = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(
+            f"{path}: not a film that can be read ({told}): it may be cut off or still being "
+            "written; copy it again, or convert it to mp4"
+        ) from None
+    if not container.streams.video:
+        container.close()
+        raise UserError(f"{path}: holds no picture track: give a film")
+    return container
+
+
+def read_frames(path: Path) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The frames of a film, numbered from 0; a damaged stretch is skipped.
+
+    Raises:
+        UserError: no such file, or not a film.
+    """
+    with open_container(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        yield from enumerate(_decode(container, stream))
+
+
+def _decode(container: InputContainer, stream: Any) -> Iterator[av.VideoFrame]:
+    import av
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            yield from next(packets).decode()
+        except (StopIteration, av.EOFError):
+            return
+        except av.FFmpegError:
+            continue
+
+
+def read_index(path: Path) -> Index:
+    """The frames' time stamps from the packets, without decoding any.
+
+    Raises:
+        UserError: as `open_container`.
+    """
+    import av
+
+    stamps: array[int] = array("q")
+    keys: array[int] = array("q")
+    with open_container(path) as container:
+        stream = container.streams.video[0]
+        name = stream.codec_context.name
+        unit = float(stream.time_base or 0)
+        stretch = float(stream.sample_aspect_ratio or 1)
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets)
+            except (StopIteration, av.EOFError):
+                break
+            except av.FFmpegError:
+                continue
+            if not packet.size:
+                continue
+            if packet.pts is None or packet.is_discard or not unit:
+                return Index(array("q"), array("q"), 0.0, stretch=stretch)
+            stamps.append(packet.pts)
+            if packet.is_keyframe:
+                keys.append(packet.pts)
+    times = np.sort(np.frombuffer(stamps, np.int64)) if stamps else np.zeros(0, np.int64)
+    if not len(times) or not len(keys) or (np.diff(times) <= 0).any():
+        return Index(array("q"), array("q"), 0.0, stretch=stretch)
+    skip = "BIDIR" if name in _B_IS_SPARE else "NONREF"
+    numbers = np.searchsorted(times, np.sort(np.frombuffer(keys, np.int64)))
+    return Index(array("q", times.tobytes()), array("q", numbers.tobytes()), unit, skip, stretch)
+
+
+def look_through(path: Path, index: Index) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The frames of a film that recognising shots needs, decoded fast and less than perfectly.
+
+    Raises:
+        UserError: as `open_container`.
+        LookupError: the index does not fit what the decoder gives.
+    """
+    with open_container(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        stream.codec_context.options = {"skip_loop_filter": "all"}
+        if not index.stamps:
+            yield from enumerate(_decode(container, stream))
+            return
+        stream.codec_context.skip_frame = index.skip
+        last = seen = -1
+        for seen, frame in enumerate(_decode(container, stream), start=1):
+            number = index.number(frame.pts)
+            if number <= last:
+                raise LookupError(path)
+            last = number
+            if index.skip != "DEFAULT" and last > 60 and seen * _SPARSEST < last:
+                raise LookupError(path)
+            yield number, frame
+
+
+def read_pictures(
+    path: Path, index: Index, wanted: Sequence[int], borders: Sequence[int] = (0, 0, 0, 0)
+) -> Iterator[np.ndarray | None]:
+    """Frames of a film in full quality, upright, with square pixels and without borders.
+
+    Args:
+        wanted: ascending numbers of frames.
+        borders: rows or columns to leave out at the top, bottom, left and right, as stored.
+
+    Yields:
+        (H, W, 3) uint8 RGB for each wanted frame in order; None where it cannot be decoded.
+
+    Raises:
+        UserError: as `open_container`.
+    """
+    if not index.stamps:
+        yield from _counted(path, index, wanted, borders)
+        return
+    with open_container(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        stream.codec_context.skip_frame = index.skip
+        keys = np.frombuffer(index.keys, np.int64)
+        frames = _decode(container, stream)
+        at, waiting = -1, None  # the number of the frame last decoded, and that frame
+        for number in wanted:
+            key = int(keys[max(np.searchsorted(keys, number, side="right") - 1, 0)])
+            if key > at + 1:
+                # Later frames before the next key frame are not worth decoding.
+                if _seek(container, stream, index.stamps[key]):
+                    frames, waiting = _decode(container, stream), None
+            while at < number:
+                waiting = next(frames, None)
+                if waiting is None:
+                    break
+                at = index.number(waiting.pts)
+            found = waiting is not None and at == number
+            yield picture_of(waiting, borders, index.stretch) if found else None
+
+
+def _counted(
+    path: Path, index: Index, wanted: Sequence[int], borders: Sequence[int]
+) -> Iterator[np.ndarray | None]:
+    frames = read_frames(path)
+    for number in wanted:
+        frame = next((frame for at, frame in frames if at == number), None)
+        yield None if frame is None else picture_of(frame, borders, index.stretch)
+
+
+def _seek(container: InputContainer, stream: Any, stamp: int) -> bool:
+    import av
+
+    try:
+        container.seek(stamp, stream=stream, backward=True)
+    except av.FFmpegError:
+        return False
+    return True
+
+
+def picture_of(
+    frame: av.VideoFrame, borders: Sequence[int] = (0, 0, 0, 0), stretch: float = 1.0
+) -> np.ndarray:
+    """A frame as (H, W, 3) uint8 RGB: borders cut off, square pixels, turned upright.
+
+    Args:
+        borders: rows or columns to leave out at the top, bottom, left and right, as stored.
+        stretch: width of a stored pixel, its height being 1.
+    """
+    top, bottom, left, right = borders
+    image = frame.to_ndarray(format="rgb24")
+    height, width = image.shape[:2]
+    if top + bottom < height and left + right < width:
+        image = image[top : height - bottom, left : width - right]
+    if 0.4 < stretch < 2.5 and abs(stretch - 1) > 0.01:
+        height, width = image.shape[:2]
+        # The longer side is kept, so that nothing is blown up that can be reduced instead.
+        size = (round(width * stretch), height) if stretch < 1 else (width, round(height / stretch))
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90) % 4))
+
+
+# ---- what is seen of a frame ---------------------------------------------------------------------
+
+
+class Glance:
+    """Cheap looks at frames of one size and format.
+
+    `thumb`, `marks`, `luma` take a frame as it comes from the decoder.
+    """
+
+    def __init__(self, size: tuple[int, int] = (64, 36)) -> None:
+        self._size = size
+        self._known: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def planes(self, frame: av.VideoFrame) -> list[np.ndarray]:
+        """Luma and the two colour differences, uint8, each of its own size; views, no copies."""
+        if frame.format.name not in _PLANAR:
+            frame = frame.reformat(format="yuv420p")
+        return [
+            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
+            for plane in itertools.islice(frame.planes, 3)
+        ]
+
+    def thumb(self, planes: Sequence[np.ndarray]) -> np.ndarray:
+        """(h, w, 3) uint8, each value the mean of four that are spread over its cell."""
+        return np.stack([self._small(plane) for plane in planes], axis=-1)
+
+    def _small(self, plane: np.ndarray) -> np.ndarray:
+        if plane.shape not in self._known:
+            self._known[plane.shape[0], plane.shape[1]] = tuple(
+                ((np.arange(2 * n) + 0.5) * edge / (2 * n)).astype(np.intp)
+                for n, edge in zip(self._size[::-1], plane.shape, strict=True)
+            )
+        rows, columns = self._known[plane.shape[0], plane.shape[1]]
+        fine = plane[rows][:, columns].astype(np.uint16)
+        pairs = fine[::2] + fine[1::2]
+        return ((pairs[:, ::2] + pairs[:, 1::2] + 2) >> 2).astype(np.uint8)

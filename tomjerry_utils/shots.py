@@ -1,0 +1,257 @@
+"""Shots from thumbnails: hard cuts, dissolves and fades, found in one pass over a film.
+
+A hard cut is where the colours and the edges change at once, and only there: a flash changes the
+colours and comes back, a fast pan changes the edges for many frames. In a dissolve or a fade every
+frame is the straight mixture of frames before and after it; a moving picture is not, and where a
+slow movement looks alike, moving the blocks of one frame explains the other.
+
+Only the last `_KEEP` thumbnails are held, however long the film is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+THUMB = (64, 36)  # width and height that shots are looked for at
+_BINS = 8  # of each channel's histogram
+_FLASH = 8  # frames that a flash may last
+_SIDE = 6  # looks on either side that say how restless the film is here
+_MIX = 4  # frames to either side that a frame of a dissolve is the mixture of
+_LONGEST = 72  # frames of a dissolve or fade: what is straight for longer is a slow movement
+_KEEP = 40
+_REACH = (4, 6)  # rows and columns of a thumbnail that a block may have moved
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A dissolve or a fade: frames `first` to `end` - 1 show no single picture.
+
+    Attributes:
+        kind: "dissolve", "fade out" (to one colour) or "fade in".
+    """
+
+    first: int
+    end: int
+    kind: str
+
+
+@dataclass
+class Look:
+    """What is kept of a frame while its neighbours are looked at."""
+
+    number: int
+    grey: np.ndarray
+    colours: np.ndarray
+    edges: np.ndarray
+    score: float = 0.0
+    mixed: bool = False
+
+
+@dataclass
+class Shots:
+    """What `ShotFinder` found.
+
+    Attributes:
+        cuts: the first frame after each hard cut.
+        gaps: how many frames each cut may lie earlier, for frames that were not looked at.
+        transitions: dissolves and fades, in order.
+    """
+
+    cuts: list[int] = field(default_factory=list)
+    gaps: list[int] = field(default_factory=list)
+    transitions: list[Transition] = field(default_factory=list)
+
+    def starts(self) -> list[int]:
+        """The first frame of every shot, from 0; a dissolve changes the shot in its middle."""
+        changes = set(self.cuts)
+        for i, now in enumerate(self.transitions):
+            after = self.transitions[i + 1] if i + 1 < len(self.transitions) else None
+            if now.kind == "dissolve":
+                changes.add((now.first + now.end) // 2)
+            elif now.kind == "fade in":
+                changes.add(now.first)
+            # Out of one shot and into the next is one change, not a shot of black in between.
+            elif not (after and after.kind == "fade in" and after.first - now.end <= _LONGEST):
+                changes.add(now.end)
+        return [0, *sorted(changes - {0})]
+
+
+class ShotFinder:
+    """Takes the frames of a film one by one and tells its shots at the end.
+
+    Args:
+        least: score from 0 to 1 below which nothing is a cut.
+        ratio: how far a cut stands out from the frames around it.
+    """
+
+    def __init__(self, *, least: float = 0.05, ratio: float = 2.4) -> None:
+        self._least, self._ratio = least, ratio
+        self._looks: deque[Look] = deque(maxlen=_KEEP)
+        self._judged = -1  # number of the last look that cuts were decided up to
+        self._mixed = -1
+        self._run: list[Look] = []  # first, middle and last look of the mixture under way
+        self._before: Look | None = None  # what was seen before it
+        self._found = Shots()
+
+    def push(self, number: int, thumb: np.ndarray) -> None:
+        """Look at a frame.
+
+        Args:
+            number: of the frame; not every frame need be looked at.
+            thumb: (h, w, 3) uint8, luma first, then colour differences; all of one size.
+        """
+        look = _look(number, thumb)
+        if self._looks:
+            look.score = distance(self._looks[-1], look)
+        self._looks.append(look)
+        self._decide(number - _FLASH - 1)
+
+    def finish(self) -> Shots:
+        """All frames have been seen."""
+        if self._looks:
+            self._decide(self._looks[-1].number)
+            self._end_run(self._looks[-1])
+        return self._found
+
+    def _decide(self, until: int) -> None:
+        looks = list(self._looks)
+        for i, look in enumerate(looks):
+            if self._judged < look.number <= until:
+                self._judged = look.number
+                if self._is_cut(looks, i):
+                    self._found.cuts.append(look.number)
+                    self._found.gaps.append(look.number - looks[i - 1].number - 1)
+                self._mixture(looks, i)
+
+    # ---- hard cuts -------------------------------------------------------------------------------
+
+    def _is_cut(self, looks: list[Look], i: int) -> bool:
+        here = looks[i]
+        if i == 0 or here.score < self._least:
+            return False
+        near = [k for k in looks[1:] if abs(k.number - here.number) <= 3]
+        if here.score < max(k.score for k in near):
+            return False
+        sides = (looks[max(i - _SIDE, 1) : i], looks[i + 1 : i + 1 + _SIDE])
+        restless = max((float(np.median([k.score for k in s])) for s in sides if s), default=0.0)
+        if here.score < self._ratio * (restless + 0.02):
+            return False
+        # The picture from before is back soon, or this one was here just before: a flash.
+        back = [k for k in looks[i + 1 :] if k.number - here.number < _FLASH]
+        gone = [k for k in looks[: i - 1] if here.number - k.number <= _FLASH]
+        again = [distance(looks[i - 1], k) for k in back] + [distance(k, here) for k in gone]
+        if min(again, default=1.0) <= 0.3 * here.score:
+            return False
+        return changed(looks[i - 1].grey, here.grey) >= 0.4
+
+    # ---- dissolves and fades ---------------------------------------------------------------------
+
+    def _mixture(self, looks: list[Look], i: int) -> None:
+        here = looks[i]
+        before = next((k for k in reversed(looks[:i]) if here.number - k.number >= _MIX), None)
+        after = next((k for k in looks[i + 1 :] if k.number - here.number >= _MIX), None)
+        if before is None or after is None:
+            return
+        share = (here.number - before.number) / (after.number - before.number)
+        between = (1 - share) * before.grey + share * after.grey
+        whole = float(np.abs(after.grey - before.grey).mean())
+        off = float(np.abs(here.grey - between).mean())
+        here.mixed = whole >= 4.0 and off <= 0.22 * whole
+        if here.mixed and not self._run:
+            self._before = before
+            self._run = [here, here, here]
+        elif here.mixed:
+            self._run[2] = here
+            if here.number - self._run[0].number <= 2 * (self._run[1].number - self._run[0].number):
+                return
+            self._run[1] = here
+        elif self._run and here.number - self._run[2].number > 2:
+            self._end_run(here)
+
+    def _end_run(self, after: Look) -> None:
+        if not self._run:
+            return
+        first, middle, last = self._run
+        before, self._run, self._before = self._before, [], None
+        assert before is not None
+        if not 2 <= last.number - first.number <= _LONGEST:
+            return
+        flat = [float(k.grey.std()) < 5.0 for k in (before, after)]
+        if flat[0] and flat[1]:
+            return
+        kind = "fade in" if flat[0] else "fade out" if flat[1] else "dissolve"
+        if kind == "dissolve":
+            if changed(before.grey, after.grey) < 0.45:
+                return
+            ends = float((before.grey.var() + after.grey.var()) / 2)
+            if float(middle.grey.var()) > 0.9 * ends:
+                return
+        begin = max(first.number - 3, 0)
+        self._found.transitions.append(Transition(begin, last.number + 4, kind))
+
+
+def find_cuts(
+    thumbs: Iterable[np.ndarray], *, least: float = 0.05, ratio: float = 2.4
+) -> list[int]:
+    """The first frames of new shots after hard cuts.
+
+    Args:
+        thumbs: (h, w, 3) uint8 RGB, one a frame, all of one size.
+        least: score from 0 to 1 below which nothing is a cut.
+        ratio: how far a cut stands out from the frames around it.
+    """
+    finder = ShotFinder(least=least, ratio=ratio)
+    for number, thumb in enumerate(thumbs):
+        finder.push(number, _to_yuv(thumb))
+    return finder.finish().cuts
+
+
+def distance(a: Look, b: Look) -> float:
+    """(change of the colour histogram) × (1 − correlation of the edges), 0 to 2."""
+    colours = 0.5 * float(np.abs(a.colours - b.colours).sum())
+    return colours * (1.0 - float(a.edges @ b.edges))
+
+
+def changed(a: np.ndarray, b: np.ndarray) -> float:
+    """The share of the contrast in two pictures that moved blocks of the other do not explain.
+
+    Args:
+        a, b: (h, w) float grey levels from 0 to 255; sides multiples of 4.
+    """
+    return max(_unexplained(a, b), _unexplained(b, a))
+
+
+def _unexplained(a: np.ndarray, b: np.ndarray) -> float:
+    down, across = _REACH
+    height, width = a.shape
+    padded = np.pad(b, ((down, down), (across, across)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width))
+    off = np.abs(windows[::2, ::2] - a)
+    blocks = off.reshape(*off.shape[:2], height // 4, 4, width // 4, 4).mean((3, 5))
+    best = blocks.min((0, 1))
+    tiles = a.reshape(height // 4, 4, width // 4, 4)
+    contrast = np.abs(tiles - tiles.mean((1, 3), keepdims=True)).mean((1, 3)) + 1.0
+    # A flat block has no contrast of its own: its level must be found again.
+    missed = best > np.maximum(0.6 * contrast, 6.0)
+    weight = np.sqrt(contrast)
+    return float((weight * missed).sum() / weight.sum())
+
+
+def _look(number: int, thumb: np.ndarray) -> Look:
+    levels = (thumb >> 5) + (np.arange(3) * _BINS).astype(np.uint8)
+    colours = np.bincount(levels.ravel(), minlength=3 * _BINS) / levels.size
+    grey = thumb[..., 0].astype(np.float32)
+    edges = np.hypot(np.diff(grey, axis=1)[:-1], np.diff(grey, axis=0)[:, :-1]).ravel()
+    edges -= edges.mean()
+    return Look(number, grey, colours, edges / (np.linalg.norm(edges) + 1e-6))
+
+
+def _to_yuv(rgb: np.ndarray) -> np.ndarray:
+    red, green, blue = (rgb[..., c].astype(np.float32) for c in range(3))
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    planes = (luma, 128 + 0.564 * (blue - luma), 128 + 0.713 * (red - luma))
+    return np.stack(planes, -1).round().clip(0, 255).astype(np.uint8)
