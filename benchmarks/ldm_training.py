@@ -133,9 +133,7 @@ def _prepare(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     if not captions.is_file():
         raise UserError(f"no {captions}: `tomjerry course --only 03` makes it")
     texts = {row["file_name"]: row["natural"] for row in read_jsonl(captions)}
-    pictures = collect.Collection(
-        root / collect.NAME, read_jsonl(root / collect.NAME / collect.MANIFEST), profile.image_size
-    )
+    pictures = collect.Collection(root / collect.NAME, profile.image_size)
     models = Models(profile)
     sets: dict[str, list[ldm.LatentSet]] = {"train": [], "held": []}
     kept: list[dict[str, Any]] = []

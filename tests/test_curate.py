@@ -144,7 +144,9 @@ def test_decisions_by_hand_are_replayed(
 ) -> None:
     rows = by_origin(made)
     told = [
-        picture_review.Decision(rows["natural/cat/catb.png"]["sha256"], "x.png", "drop", note="a dog"),
+        picture_review.Decision(
+            rows["natural/cat/catb.png"]["sha256"], "x.png", "drop", note="a dog"
+        ),
         picture_review.Decision(rows["natural/mouse/tiny.png"]["sha256"], "x.png", "keep"),
         picture_review.Decision(rows["natural/cat/catc.png"]["sha256"], "x.png", "class", "both"),
     ]

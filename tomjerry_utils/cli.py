@@ -162,7 +162,7 @@ def _course(arguments: argparse.Namespace) -> None:
 
 
 def _collect(arguments: argparse.Namespace) -> None:
-    from tomjerry_utils import collect
+    from tomjerry_utils import collect, curate
 
     made = collect.collect_command(
         arguments.out,
@@ -180,8 +180,7 @@ def _collect(arguments: argparse.Namespace) -> None:
         precision=arguments.precision,
         decisions=str(arguments.decisions or ""),
     )
-    kept = sum(bool(row["kept"]) for row in made.rows)
-    print(f"{kept} of {len(made.rows)} pictures kept: {made.folder / 'manifest.jsonl'}")
+    print(f"see {made.folder / curate.DATASHEET} and {made.folder / curate.MANIFEST}")
 
 
 def _translate(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,8 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,18 @@ class Collection:
 
     Attributes:
         folder: holds `manifest.jsonl` and `images/<domain>/`.
-        rows: all manifest rows, kept and dropped.
         size: edge of the pictures that `images` gives by default.
         key: names this very collection.
     """
 
     folder: Path
-    rows: list[Row] = field(repr=False)
     size: int
     key: str = ""
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All manifest rows, kept and dropped, read when first asked for."""
+        return read_jsonl(self.folder / MANIFEST)
 
     def select(
         self,
@@ -103,14 +107,15 @@ class Collection:
             out[i] = load_image(self.folder / row["file_name"], edge)
         return out
 
-    def thumbs(self, rows: Sequence[Row]) -> list[np.ndarray | None]:
-        """Small pictures of any rows, (h, w, 3) uint8, of those dropped as well; None of those that
-        could not be read."""
+    def thumb(self, row: Row) -> np.ndarray:
+        """A small picture of any row that could be read, dropped or not: (h, w, 3) uint8."""
+        if row["kept"]:
+            return load_image(self.path(row))
         with Journal(self.folder / JOURNAL) as journal:
-            return [
-                load_image(self.path(row)) if row["kept"] else journal.thumb(row["file_name"])
-                for row in rows
-            ]
+            small = journal.thumb(row["file_name"])
+        if small is None:
+            raise KeyError(f"no picture of {row['origin']} was kept: {row['reason']}")
+        return small
 
     def path(self, row: Row) -> Path:
         """Where the picture of a row lies."""
@@ -136,9 +141,8 @@ def ensure(profile: Profile) -> Collection:
                 stage.folder,
                 _curation(profile),
             )
-            stage.finish(**_summary(found, read_jsonl(stage.folder / MANIFEST)))
-    rows = read_jsonl(stage.folder / MANIFEST)
-    return Collection(stage.folder, rows, profile.image_size, stage.key)
+            stage.finish(**_summary(found))
+    return Collection(stage.folder, profile.image_size, stage.key)
 
 
 def training_facts(profile: Profile) -> dict[str, Any]:
@@ -239,8 +243,7 @@ def collect_command(
             collect(batches, out, how)
     except Timeout:
         raise UserError(f"another process is collecting into {out}: wait, or end it") from None
-    rows = read_jsonl(out / MANIFEST)
-    return Collection(out, rows, short_side, hash_obj([row["sha256"] for row in rows]))
+    return Collection(out, short_side, hash_file(out / MANIFEST)[:16])
 
 
 def gallery(collection: Collection, per_row: int, *, seed: int = 0) -> list[tuple[str, list[Row]]]:
@@ -428,11 +431,9 @@ def _apart(out: Path, place: Path) -> None:
         raise UserError(f"{out} and {place} lie inside each other: write to another folder")
 
 
-def _summary(found: Counter[str], rows: Sequence[Row]) -> dict[str, Any]:
-    labels = Counter(row["label"] for row in rows if row["kept"] and row["label"])
+def _summary(found: Counter[str]) -> dict[str, Any]:
     return {
         "met": found.total(),
         "kept": found[""],
-        "by_label": dict(sorted(labels.items())),
-        "dropped": {kind: n for kind, n in found.items() if kind},
+        "dropped": {kind: n for kind, n in sorted(found.items()) if kind},
     }

@@ -180,9 +180,7 @@ def _write_kept(
             first += len(batch.rows)
             left -= {first - len(batch.rows) + i for i in todo}
     if left:
-        raise UserError(
-            f"{len(left)} pictures of the sources are gone: run the same command again"
-        )
+        raise UserError(f"{len(left)} pictures of the sources are gone: run the same command again")
 
 
 def _remove_strangers(journal: Journal, out: Path) -> None:

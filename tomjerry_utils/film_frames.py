@@ -269,7 +269,9 @@ class Glance:
         if frame.format.name not in _PLANAR:
             frame = frame.reformat(format="yuv420p")
         return [
-            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
+            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
+                : plane.height, : plane.width
+            ]
             for plane in itertools.islice(frame.planes, 3)
         ]
 

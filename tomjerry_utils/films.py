@@ -221,7 +221,9 @@ def _scan(path: Path, index: Index) -> Film:
     times = array("d", (round(t - zero, 6) for t in times))
     shots = finder.finish()
     shots.cuts = [cut - gap // 2 for cut, gap in zip(shots.cuts, shots.gaps, strict=True)]
-    return Film(path, times, shots.starts(), shots.cuts, shots.transitions, borders.find(), marks, index)
+    return Film(
+        path, times, shots.starts(), shots.cuts, shots.transitions, borders.find(), marks, index
+    )
 
 
 def _times(index: Index) -> array[float]:
