@@ -218,8 +218,8 @@ for number, path in enumerate(drawings):
 
 # %% [markdown]
 # Two things decide about duplicates. A **perceptual hash** proposes: the signs of a picture's 64
-# slowest cosine waves, which a re-encoding or another size hardly changes, compared by how many of them
-# differ. Among a million pictures that is a search, not a comparison of all with all. But two
+# slowest cosine waves, which a re-encoding or another size hardly changes. How many signs differ is
+# the distance. Among a million pictures that is a search, not a comparison of all with all. But two
 # different cats on white look alike to so coarse an eye, so the **features** of a network trained
 # on photographs confirm, on the few pairs that were proposed. `tomjerry collect` does all of it:
 
@@ -310,7 +310,8 @@ picture_gallery.review(cleaned.rows, cleaned.thumb, decisions, score="photo")
 # \text{train} & \text{otherwise}\end{cases}$$
 #
 # No list of splits has to be kept, and a group stays on its side whatever is added later, unless a
-# near duplicate joins it to another. In code it's three lines, and the package gives the same answer for every row:
+# near duplicate joins it to another. In code it's three lines, and the package gives the same answer
+# for every row:
 
 # %%
 fraction = settings.collect.validation_fraction
