@@ -53,19 +53,22 @@ def propose(
         raise ValueError(f"no search within {radius} bits: 0 to {_LARGEST_RADIUS}")
     if hashes.size >= 1 << _INDEX_BITS:
         raise ValueError(f"{hashes.size} hashes are too many: below {1 << _INDEX_BITS} at a time")
-    count, columns = hashes.shape
+    count = len(hashes)
+    if not hashes.size:
+        return np.zeros((0, 2), np.int64)
     values, inverse = np.unique(hashes, return_inverse=True)
-    # The pictures that have each value, one value after the other.
-    owners = np.argsort(inverse.ravel(), kind="stable") // max(columns, 1)
-    starts = np.zeros(len(values) + 1, np.int64)
-    np.cumsum(np.bincount(inverse.ravel(), minlength=len(values)), out=starts[1:])
+    # The pictures that have each value, one value after the other, each picture once.
+    members = np.unique(inverse.reshape(hashes.shape) * count + np.arange(count)[:, None])
     del inverse
+    owners = members % count
+    starts = np.searchsorted(members, np.arange(len(values) + 1) * count)
+    del members
     codes = _merge([_code(a, b, count) for a, b in _within(owners, starts, most)])
     near = _near_values(values, radius, window, most)
     for first in range(0, len(near), _PENDING):
         some = near[first : first + _PENDING]
         codes = _merge([codes, *(_code(a, b, count) for a, b in _across(some, owners, starts))])
-    return np.stack(np.divmod(codes, max(count, 1)), axis=1)
+    return np.stack(np.divmod(codes, count), axis=1)
 
 
 # ---- hashes that differ --------------------------------------------------------------------------
@@ -75,8 +78,7 @@ def _near_values(values: np.ndarray, radius: int, window: int, most: int) -> np.
     """Pairs (Q, 2) of indices of distinct values within the radius, nearest first."""
     bands, taken = _bands(len(values), radius)
     edges = np.linspace(0, 64, bands + 1).astype(int)
-    limit = max(_PENDING, len(values) * most)
-    found, pending, waiting = np.zeros(0, np.uint64), [], 0
+    found, pending, waiting, limit = np.zeros(0, np.uint64), [], 0, _PENDING
     for chosen in combinations(range(bands), taken):
         for codes in _row_neighbours(values, edges, chosen, radius, window):
             pending.append(codes)
@@ -86,6 +88,7 @@ def _near_values(values: np.ndarray, radius: int, window: int, most: int) -> np.
                 pending, waiting = [], 0
                 if len(found) > limit:
                     found = _nearest(found, most)
+                    limit = max(_PENDING, 2 * len(found))
     return _unpack(_nearest(_merge([found, *pending]), most))
 
 
