@@ -64,12 +64,15 @@ def imagenet_probabilities(
     return torch.cat(parts).numpy() if parts else np.zeros((0, 1000), np.float32)
 
 
-def feature_maps(images: np.ndarray | Tensor, *, size: int = SIZE) -> list[Tensor]:
-    """Feature maps at five depths, from fine texture to meaning.
+def feature_maps(
+    images: np.ndarray | Tensor, *, size: int = SIZE, depths: int = len(_BLOCKS)
+) -> list[Tensor]:
+    """Feature maps at up to five depths, from fine texture to meaning.
 
     Args:
         images: (B, H, W, 3) uint8, or (B, 3, H, W) float in [-1, 1], through which gradients flow.
         size: pixels that each picture is brought to.
+        depths: how many of them; what lies deeper is not computed.
 
     Returns:
         (B, C, h, w) tensors with 16, 24, 40, 112, 320 channels and 1/2 … 1/32 of `size`.
@@ -80,7 +83,7 @@ def feature_maps(images: np.ndarray | Tensor, *, size: int = SIZE) -> list[Tenso
     with torch.autocast(batch.device.type, enabled=False):
         x = net._swish(net._bn0(net._conv_stem(_prepare(batch.float(), size))))
         maps = []
-        for index, block in enumerate(net._blocks):
+        for index, block in enumerate(net._blocks[: _BLOCKS[depths - 1] + 1]):
             x = block(x)
             if index in _BLOCKS:
                 maps.append(x)
