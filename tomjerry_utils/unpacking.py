@@ -202,7 +202,7 @@ def _write(member: _Member, target: Path, room: int) -> int:
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in _BAD_NAME:
             raise
-        if target.is_file():
+        if isinstance(error, FileExistsError) and target.is_file():
             raise _Refused("a second file of this name") from None
         raise _Refused("its name cannot be written here") from None
     done = 0
