@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
-import tarfile
-import types
-import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tomjerry_utils import UserError, archives, collect, films, judging, scenes, sources
+from tomjerry_utils import UserError, collect, films, judging, scenes, sources
 from tomjerry_utils.profiles import load_profile
 from tomjerry_utils.runs import data_root, hash_file
 
@@ -208,24 +204,7 @@ def test_data_sheet_and_gallery(smoke: collect.Collection) -> None:
     assert collect.gallery(smoke, 4, seed=2) != rows
 
 
-def test_export_layouts(smoke: collect.Collection, tmp_path: Path) -> None:
-    counts = collect.export(smoke, tmp_path / "cyclegan", layout="cyclegan")
-    train = len(smoke.select(domain="cartoon", split="train"))
-    assert counts["trainA"] == train == len(list((tmp_path / "cyclegan" / "trainA").iterdir()))
-    assert sum(counts.values()) == len(smoke.select())
-    collect.export(smoke, tmp_path / "folder", layout="imagefolder")
-    lines = (tmp_path / "folder" / "train" / "metadata.jsonl").read_text().splitlines()
-    assert len(lines) == len(smoke.select(split="train"))
-    note = json.loads(lines[0])
-    assert (tmp_path / "folder" / "train" / note["file_name"]).is_file()
-    assert note["text"]
-    with pytest.raises(UserError, match="already holds"):
-        collect.export(smoke, tmp_path / "cyclegan", layout="cyclegan")
-    with pytest.raises(UserError, match="layout"):
-        collect.export(smoke, tmp_path / "new", layout="voc")
-
-
-# ---- folders, archives, Kaggle -------------------------------------------------------------------
+# ---- folders -------------------------------------------------------------------------------------
 
 
 def test_folder_classes_duplicates_and_damaged_files(tmp_path: Path) -> None:
@@ -286,114 +265,6 @@ def test_numbered_frames_share_a_group() -> None:
     assert sources.group_of("ep1/frame0003.jpg") != sources.group_of("ep1/frame0064.jpg")
     assert sources.group_of("ep1/frame0003.jpg") != sources.group_of("ep2/frame0003.jpg")
     assert sources.group_of("cat.jpg") == "cat.jpg"
-
-
-@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
-def test_archives_cannot_write_elsewhere(tmp_path: Path, kind: str) -> None:
-    good, path = save(tmp_path / "good.png", picture(5)), tmp_path / f"pack.{kind}"
-    names = ["mouse/good.png", "../escaped.png", "/tmp/escaped-absolute.png", "C:\\escaped.png"]
-    if kind == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name in names:
-                archive.writestr(name, good.read_bytes())
-            link = zipfile.ZipInfo("link.png")
-            link.external_attr = 0o120777 << 16
-            archive.writestr(link, "/etc/passwd")
-    else:
-        with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as archive:
-            for name in names:
-                member = tarfile.TarInfo(name)
-                member.size = good.stat().st_size
-                archive.addfile(member, io.BytesIO(good.read_bytes()))
-            for name, type_ in (("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE)):
-                member = tarfile.TarInfo(name)
-                member.type, member.linkname = type_, "../../good.png"
-                archive.addfile(member)
-    before = set(tmp_path.rglob("*"))
-    out = command(tmp_path / "out", archives=[str(path)], domain="natural")
-    outside = {p for p in tmp_path.rglob("*") if (tmp_path / "out") not in (p, *p.parents)}
-    assert outside == before
-    assert not Path("/tmp/escaped-absolute.png").exists()
-    kept = out.select()
-    assert [(row["origin"], row["label"]) for row in kept] == [("mouse/good.png", "mouse")]
-    refused = {row["origin"]: row["reason"] for row in out.rows if not row["kept"]}
-    assert refused["../escaped.png"] == "refused: the path leads out of the archive"
-    assert refused["link.png"] == "refused: a link"
-    assert len(refused) == (4 if kind == "zip" else 5)
-
-
-def test_damaged_archive_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "pack.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.png", save(tmp_path / "a.png", picture(1)).read_bytes())
-    content = bytearray(path.read_bytes())
-    content[60:160] = bytes(100)
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"pack\.zip: damaged"):
-        command(tmp_path / "out", archives=[str(path)])
-    (tmp_path / "text.zip").write_text("no archive")
-    with pytest.raises(UserError, match="neither a zip nor a tar"):
-        command(tmp_path / "out", archives=[str(tmp_path / "text.zip")])
-
-
-def kaggle_frames(root: Path) -> Path:
-    """The layout of the Tom and Jerry frame set, in small."""
-    lines, number = ["filename,tom,jerry"], 0
-    for name, tom, jerry in (
-        ("tom", 1, 0),
-        ("jerry", 0, 1),
-        ("tom_jerry_1", 1, 1),
-        ("tom_jerry_0", 0, 0),
-    ):
-        for _ in range(3):
-            save(
-                root / "tom_and_jerry" / "tom_and_jerry" / name / f"frame{number}.jpg",
-                picture(number),
-            )
-            lines.append(f"frame{number}.jpg,{tom},{jerry}")
-            number += 1
-    (root / "ground_truth.csv").write_text("\n".join(lines))
-    return root
-
-
-def test_kaggle_frames_by_folder_and_by_slug(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = kaggle_frames(tmp_path / "set")
-    local = command(tmp_path / "local", kaggle=[str(folder)])
-    classes = [row["class"] for row in local.select()]
-    assert {name: classes.count(name) for name in scenes.CLASSES} == dict.fromkeys(
-        scenes.CLASSES, 3
-    )
-    neither = [row for row in local.rows if not row["kept"]]
-    assert {row["reason"] for row in neither} == {"shows neither character"}
-    assert len(neither) == 3
-    asked = []
-
-    def dataset_download(slug: str) -> str:
-        asked.append(slug)
-        return str(folder)
-
-    stand_in = types.SimpleNamespace(dataset_download=dataset_download)
-    monkeypatch.setitem(sys.modules, "kagglehub", stand_in)
-    remote = command(tmp_path / "remote", kaggle=["someone/tom-and-jerry"])
-    assert asked == ["someone/tom-and-jerry"]
-    assert remote.rows == local.rows
-
-
-def test_kaggle_photos_and_other_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("Cat", "Dog"):
-        save(tmp_path / "pets" / "PetImages" / name / "0.jpg", picture(len(name)))
-    out = command(tmp_path / "out", kaggle=[str(tmp_path / "pets")])
-    assert [(row["label"], row["origin"]) for row in out.rows] == [("cat", "0.jpg")]
-    save(tmp_path / "other" / "birds" / "0.jpg", picture(1))
-    with pytest.raises(UserError, match=r"expected .* found birds"):
-        command(tmp_path / "out2", kaggle=[str(tmp_path / "other")])
-    monkeypatch.setitem(sys.modules, "kagglehub", None)
-    with pytest.raises(UserError, match="pip install kagglehub"):
-        archives.kaggle_source("a/b", sources.Options(tmp_path)).__next__()
-    with pytest.raises(UserError, match="neither a folder nor a Kaggle slug"):
-        archives.kaggle_source("../x/y z", sources.Options(tmp_path)).__next__()
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -244,13 +244,17 @@ def _scenes(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from tomjerry_utils import collect
+    from tomjerry_utils import collect, exports
     from tomjerry_utils.profiles import load_profile
 
+    sharded = arguments.layout == "webdataset"
+    if arguments.shard_mb is not None and not sharded:
+        raise UserError("--shard-mb goes with --layout webdataset: add it, or leave it out")
     collection = collect.ensure(load_profile(arguments.profile))
-    counts = collect.export(collection, arguments.out, layout=arguments.layout)
+    size = exports.SHARD_MB if arguments.shard_mb is None else arguments.shard_mb
+    counts = exports.export(collection, arguments.out, layout=arguments.layout, shard_mb=size)
     for folder, count in counts.items():
-        print(f"{count:6d}  {arguments.out / folder}")
+        print(f"{count:6d}  {arguments.out / folder}{'-*.tar' * sharded}")
 
 
 def _foundation(arguments: argparse.Namespace) -> None:
@@ -330,8 +334,8 @@ def _parser() -> argparse.ArgumentParser:
     for option, metavar, text in (
         ("--video", "FILE", "films, or folders of films"),
         ("--folder", "DIR", "folders of pictures"),
-        ("--archive", "FILE", "zip or tar files of pictures"),
-        ("--kaggle", "SLUG", "Kaggle data sets, owner/name"),
+        ("--archive", "FILE", "zip or tar files of pictures, or their http(s) addresses"),
+        ("--kaggle", "SLUG", "Kaggle data sets, owner/name or owner/name/versions/N"),
     ):
         added.add_argument(
             option, nargs="+", action="extend", default=[], metavar=metavar, help=text
@@ -466,9 +470,13 @@ def _parser() -> argparse.ArgumentParser:
         "write the training pictures in the layout that other translators train on",
         "tomjerry export --layout cyclegan rivals/data",
         "tomjerry export --layout imagefolder dataset --profile smoke",
+        "tomjerry export --layout webdataset shards --shard-mb 500 --profile paper",
     )
     added.add_argument("out", type=Path, metavar="OUT", help="a new or empty folder")
-    added.add_argument("--layout", choices=("cyclegan", "imagefolder"), required=True)
+    added.add_argument("--layout", choices=("cyclegan", "imagefolder", "webdataset"), required=True)
+    added.add_argument(
+        "--shard-mb", type=above_zero, metavar="MB", help="size of a webdataset's tar files (256)"
+    )
     with_profile(added)
 
     added = command(

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,28 +28,27 @@ import numpy as np
 
 from tomjerry_utils import UserError, scenes, screens
 from tomjerry_utils import archives as packed
+from tomjerry_utils import kaggle as kaggle_sets
 from tomjerry_utils import sources as src
 from tomjerry_utils.curate import MANIFEST, WORK, collect
+from tomjerry_utils.downloads import is_url
 from tomjerry_utils.images import load_image
 from tomjerry_utils.intake import JOURNAL, Journal
 from tomjerry_utils.judging import SALT, Curation
 from tomjerry_utils.picture_review import Decision, read_decisions
 from tomjerry_utils.profiles import Profile
 from tomjerry_utils.runs import (
-    atomic_dir,
     data_root,
     hash_file,
     hash_obj,
     log,
     open_stage,
     read_jsonl,
-    write_jsonl,
 )
 from tomjerry_utils.sources import Batch, Options, Row
 
 NAME = "01_collect"
 VERSION = 2
-LAYOUTS = ("cyclegan", "imagefolder")
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ def collect_command(
         out: folder to write to.
         videos: films, or folders of films.
         folders: folders of pictures.
-        archives: zip or tar files.
+        archives: zip or tar files, or their addresses.
         kaggle: slugs `owner/name`, or unpacked folders.
         domain: "cartoon" or "natural" for all of them; "" tells by folder names.
         every_s: seconds between two frames of a shot.
@@ -213,7 +211,7 @@ def collect_command(
     for place in places:
         _apart(out, Path(place))
     for place in (*videos, *folders, *archives):
-        if not Path(place).exists():
+        if not Path(place).exists() and not (place in archives and is_url(place)):
             raise UserError(f"no file or folder {place}: check the path")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a folder to write to")
@@ -232,7 +230,7 @@ def collect_command(
         for place in folders:
             yield from src.folder_source(place, options)
         for place in kaggle:
-            yield from packed.kaggle_source(place, options)
+            yield from kaggle_sets.kaggle_source(place, options)
         for place in archives:
             yield from packed.archive_source(place, options)
         for place in videos:
@@ -270,51 +268,6 @@ def gallery(collection: Collection, per_row: int, *, seed: int = 0) -> list[tupl
     ]
 
 
-def export(collection: Collection, out: Path, *, layout: str) -> dict[str, int]:
-    """`tomjerry export`: the kept training pictures in the layout other translators train on.
-
-    - cyclegan: `trainA`, `testA` (cartoon) and `trainB`, `testB` (natural), as CycleGAN, CUT and
-      their kin read. Their "test" is our validation split: test scenes are never handed out.
-    - imagefolder: `train/` and `validation/`, each with `metadata.jsonl`, as
-      `datasets.load_dataset("imagefolder", data_dir=...)` reads.
-
-    Returns:
-        folder → number of pictures.
-
-    Raises:
-        UserError: unknown layout, `out` holds something, or there is nothing to export.
-    """
-    if layout not in LAYOUTS:
-        raise UserError(f"no layout '{layout}': {' or '.join(LAYOUTS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already holds something: give a new folder, or empty it first")
-    rows = collection.select()
-    if not rows:
-        raise UserError(f"{collection.folder}: no training pictures to export")
-    counts: Counter[str] = Counter()
-    notes: dict[str, list[Row]] = {}
-    with atomic_dir(out) as temporary:
-        for row in rows:
-            path = collection.path(row)
-            if layout == "cyclegan":
-                side = "A" if row["domain"] == "cartoon" else "B"
-                folder = f"{'train' if row['split'] == 'train' else 'test'}{side}"
-                target = temporary / folder / path.name
-            else:
-                folder = row["split"]
-                name = f"{row['domain']}/{path.name}"
-                target = temporary / folder / name
-                columns = ("text", "domain", "class", "label", "action", "facing", "place")
-                note = {"file_name": name, **{column: row[column] for column in columns}}
-                notes.setdefault(folder, []).append(note)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-            counts[folder] += 1
-        for folder, lines in notes.items():
-            write_jsonl(temporary / folder / "metadata.jsonl", lines)
-    return dict(sorted(counts.items()))
-
-
 # ---- what a profile names ------------------------------------------------------------------------
 
 
@@ -336,10 +289,13 @@ def _profile_batches(profile: Profile, work: Path) -> Iterator[Batch]:
         elif name == "clip":
             yield from src.clip_source(str(data_root() / "starter" / "clip"), options)
         elif name == "kaggle":
-            yield from packed.kaggle_source(settings.kaggle_cartoon, options)
-            yield from packed.kaggle_source(settings.kaggle_cat, options)
+            yield from kaggle_sets.kaggle_source(settings.kaggle_cartoon, options)
+            yield from kaggle_sets.kaggle_source(settings.kaggle_cat, options)
             if settings.mouse_archive:
-                yield from _mice(_found(settings.mouse_archive, raw), options)
+                # An archive in which every picture shows one mouse.
+                yield from packed.archive_source(
+                    _found(settings.mouse_archive, raw), options, layout="mice"
+                )
         elif name == "folder":
             for domain in scenes.STYLES:
                 if _there(raw / domain):
@@ -348,21 +304,12 @@ def _profile_batches(profile: Profile, work: Path) -> Iterator[Batch]:
             yield from src.video_source(str(raw / "video"), options)
 
 
-def _mice(path: Path, options: Options) -> Iterator[Batch]:
-    """The laboratory mice: an archive in which every picture shows one mouse."""
-    rights = "Andresen et al. 2020, doi 10.1371/journal.pone.0228059: to be cited"
-    for batch in packed.archive_source(
-        str(path), replace(options, domain="natural", rights=rights)
-    ):
-        for row in batch.rows:
-            row.update({"class": "jerry", "label": scenes.label_of("jerry", "natural")})
-        yield batch
-
-
-def _found(name: str, raw: Path) -> Path:
+def _found(name: str, raw: Path) -> str:
+    if is_url(name):
+        return name
     for path in (Path(name).expanduser(), raw / name):
         if path.exists():
-            return path
+            return str(path)
     raise UserError(
         f"no archive {raw / name}: save it there (its source is in the profile), or leave "
         "'mouse_archive' empty to do without"
@@ -410,7 +357,9 @@ def _inputs(profile: Profile) -> dict[str, str]:
                 raise UserError(f"{path} is missing: clone the project again")
             inputs[name] = hash_file(path)[:16]
     if "folder" in sources or "video" in sources:
-        files = sorted(p for p in raw.rglob("*") if p.is_file()) if raw.is_dir() else []
+        # What they read: downloads that lie there as well come while the stage runs.
+        places = [raw / name for name in (*scenes.STYLES, "video")]
+        files = sorted(p for place in places for p in place.rglob("*") if p.is_file())
         inputs["raw"] = hash_obj([(str(p.relative_to(raw)), p.stat().st_size) for p in files])
     return inputs
 

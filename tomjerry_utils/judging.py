@@ -148,6 +148,7 @@ class _Judged:
                     self._groups.join(self._group[first], row["group"])
                     if not reason and first not in self._reason:
                         reason = f"duplicate of {self._name[first]}"
+                        self._extra.setdefault(i, {})["duplicate_of"] = self._name[first]
             if reason:
                 self._reason[i] = reason
 
@@ -182,26 +183,35 @@ class _Judged:
     def near_duplicates(self) -> None:
         """Of pictures that show the same one is kept; all of them are one group."""
         places = [i for i in range(len(self._name)) if i not in self._reason]
-        found = near_duplicates.find(
-            self._hashes[places], lambda wanted: [self._picture(places[i]) for i in wanted]
+        proposed = near_duplicates.propose(self._hashes[places])
+        distance = near_duplicates.confirm(
+            proposed, lambda wanted: [self._picture(places[i]) for i in wanted]
         )
-        members: dict[int, list[int]] = defaultdict(list)
-        for i, cluster in zip(places, found.cluster, strict=True):
-            members[int(cluster)].append(i)
-        for alike in members.values():
-            if len(alike) < 2:
+        near = distance <= near_duplicates.THRESHOLD
+        pairs = proposed[near]
+        order = np.empty(len(places))
+        order[sorted(range(len(places)), key=lambda k: self._order_of_worth(places[k]))] = range(
+            len(places)
+        )
+        stands = near_duplicates.keep_best(pairs, -order)
+        cluster = near_duplicates.clusters(len(places), pairs)
+        how_far = {tuple(pair): float(d) for pair, d in zip(pairs.tolist(), distance[near])}
+        for k in np.unique(pairs).tolist():
+            i, best = places[k], places[int(stands[k])]
+            self._groups.join(self._group[places[int(cluster[k])]], self._group[i])
+            self._extra.setdefault(i, {})["cluster"] = self._name[places[int(cluster[k])]]
+            if i == best:
                 continue
-            best = min(alike, key=self._order_of_worth)
-            for i in alike:
-                self._groups.join(self._group[best], self._group[i])
-                self._extra.setdefault(i, {})["cluster"] = self._name[best]
-                if i == best:
-                    continue
-                reason = f"near duplicate of {self._name[best]}"
-                if self._forced[i]:
-                    self._extra[i]["screened"] = self._extra[i]["screened"] or reason
-                else:
-                    self._reason[i] = reason
+            reason = (
+                f"near duplicate of {self._name[best]}: "
+                f"distance {how_far[min(k, int(stands[k])), max(k, int(stands[k]))]:.3f}, "
+                f"at most {near_duplicates.THRESHOLD:g}"
+            )
+            if self._forced[i]:
+                self._extra[i]["screened"] = self._extra[i]["screened"] or reason
+            else:
+                self._reason[i] = reason
+                self._extra[i]["duplicate_of"] = self._name[best]
 
     def _order_of_worth(self, i: int) -> tuple[bool, bool, bool, float, int]:
         trained = self._role[i] == "training"

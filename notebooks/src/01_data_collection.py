@@ -251,9 +251,9 @@ saved = figures.save_figure(
 
 # %%
 pairs = [
-    (row, next(other for other in cleaned.rows if other["file_name"] == row["cluster"]))
+    (row, next(other for other in cleaned.rows if other["file_name"] == row["duplicate_of"]))
     for row in cleaned.rows
-    if row["reason"].startswith("near duplicate")
+    if row["duplicate_of"]
 ]
 shown = [pair for pair in pairs if pair[0]["origin"] in planted][:8]
 figure = figures.contact_sheet(
