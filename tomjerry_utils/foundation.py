@@ -5,6 +5,7 @@ that the course has a general prior to fine-tune. Each step is resumable, leaves
 weights, and takes at most about an hour on two cores:
 
     tomjerry foundation blip | autoencoder | structure | posture | judges | denoiser | translator
+    tomjerry foundation screens
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ SEEDS = {
     "posture": 4,
     "judges": 31,
     "translator": 0,
+    "screens": 5,
 }
 STEPS: dict[str, dict[str, Any]] = {
     # Small and many: at one size of budget, batch 8 and narrow layers gave the crispest pictures.
@@ -78,6 +80,14 @@ STEPS: dict[str, dict[str, Any]] = {
     "judges": {"label_steps": 1_500, "pixel_steps": 3_500, "batch_size": 32, "learning_rate": 2e-3},
     # Small batches and many steps again. At a rate of 2e-3 it blew up after 1700 of them.
     "denoiser": {"steps": 12_500, "batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.998},
+    "screens": {
+        "views": 2,
+        "scenes": 300,
+        "hidden": 24,
+        "steps": 3_000,
+        "batch_size": 1024,
+        "learning_rate": 3e-3,
+    },
 }
 BLIP_OPTIONS: dict[str, Any] = {
     "warmup_steps": 100,
@@ -528,6 +538,27 @@ def make_translator() -> Path:
     )
 
 
+def make_screens() -> Path:
+    """Train the probes that collected pictures pass, on pictures of Debian packages and the zoo."""
+    from safetensors.torch import save_file
+
+    from tomjerry_utils import screens, screens_training
+
+    work = _work("screens")
+    begun = time.perf_counter()
+    weights, result, facts = screens_training.teach(
+        work / "text", STEPS["screens"], SEEDS["screens"]
+    )
+    return _ship(
+        "screens",
+        lambda folder: save_file(weights, folder / screens.WEIGHTS),
+        seconds=time.perf_counter() - begun,
+        history=result.history,
+        licence="MIT, the weights; of what they saw only packages' names ship, see trained_on",
+        **facts,
+    )
+
+
 MAKERS = {
     "blip": make_blip,
     "autoencoder": make_autoencoder,
@@ -536,6 +567,7 @@ MAKERS = {
     "judges": make_judges,
     "denoiser": make_denoiser,
     "translator": make_translator,
+    "screens": make_screens,
 }
 
 
