@@ -63,8 +63,8 @@ def perceptual_hashes(image: np.ndarray) -> np.ndarray:
     means /= weights.sum(1) * across[:, 0].sum(1)
     centred = grid - means[:, None, None]
     waves = (down @ centred @ across.transpose(0, 2, 1)).reshape(len(WINDOWS), -1)[:, chosen]
-    # The floor makes a flat picture's hash 0 instead of its rounding errors' signs.
-    size = np.sqrt((waves**2).mean(1, keepdims=True)) + 1.0
+    # A wave of a quarter of a grey level is about 64: a flat picture's hash is 0, not its noise.
+    size = np.sqrt((waves**2).mean(1, keepdims=True)) + 64.0
     bits = waves > 0.15 * size
     packed = np.ascontiguousarray(np.packbits(bits, axis=1, bitorder="little"))
     return packed.view("<u8")[:, 0].astype(np.uint64)
