@@ -221,7 +221,8 @@ def test_the_keyboard_alone_reviews_and_saves(page: Path, tmp_path: Path) -> Non
     assert dropped["focused"].startswith("3 of 30")  # a drop moves on
     # A class stays, so that K goes with it; both together are one decision.
     assert kept["labels"][8] == (
-        "9 of 30, 8.png, jerry, kept by hand, screened: blurred: sharpness 8"
+        "9 of 30, 8.png, jerry, kept by hand, "
+        "class by hand, was tom; screened: blurred: sharpness 8"
     )
     assert note["focused"] == "note"
     # What is typed into the note is no command.
