@@ -101,7 +101,8 @@ def test_tiles_tell_what_became_of_each_picture(tmp_path: Path) -> None:
     assert "page 1 of 2, 30 pictures listed" in seen.told
     assert "20 kept, 10 dropped, 0 not open to decisions" in seen.told
     assert "<b>dropped</b> · both · folder<br>blurred: sharpness &lt;2</div>" in seen.tiles[2]
-    assert 'alt="jerry, kept: images/cartoon/1.png" src="data:image/jpeg;base64,' in seen.tiles[1]
+    assert 'alt="jerry, kept: images/cartoon/1.png" style=' in seen.tiles[1]
+    assert "data:image/jpeg;base64," in seen.tiles[1]
     assert seen.chosen == [0]
     assert "dashed" in seen.grid.children[2].layout.border
     seen.buttons["Page after"].click()
@@ -145,12 +146,12 @@ def test_buttons_do_all_that_letters_do(tmp_path: Path) -> None:
     seen = Gallery(tmp_path / "d.jsonl")
     seen.press(4, "drop")
     assert (seen.saved()[4], seen.chosen) == (("drop", "", ""), [4])
-    seen.press(7, "choose")
+    seen.press(7, "pick")
     assert seen.chosen == [7]
     for name in ("both", "Keep"):
         seen.buttons[name].click()
     assert (seen.saved()[7], seen.chosen) == (("keep", "both", ""), [8])
-    seen.press(7, "choose")
+    seen.press(7, "pick")
     seen.buttons["Take back"].click()
     seen.buttons["Undo"].click()
     seen.buttons["Undo"].click()
@@ -258,6 +259,15 @@ def test_outcomes_in_words() -> None:
     assert picture_sheet.told(first) == ("dropped by hand", "x")
     assert picture_sheet.told({**second, "blur": 12.3456}, "blur") == ("kept", "score 12.3")
     assert picture_sheet.told(third) == ("kept by hand", "screened: blurred: sharpness <2")
+    # A class alone is not a word on keeping or dropping.
+    made = {sha(i): Decision(sha(i), f"{i}.png", "class", "jerry") for i in range(3)}
+    first, second, third = apply(given, made)
+    assert picture_sheet.told(first) == ("kept", "class by hand, was tom")
+    assert picture_sheet.told(second) == ("kept by hand", "")
+    assert picture_sheet.told(third) == (
+        "dropped",
+        "blurred: sharpness <2; class by hand, was both",
+    )
 
 
 def test_long_words_and_missing_pictures_fit(tmp_path: Path) -> None:

@@ -43,8 +43,9 @@ def rows(total: int, **more: Any) -> list[dict[str, Any]]:
 
 
 def noise(row: Any) -> np.ndarray:
+    """At the thumbnail's own size, so that no resizing smooths it."""
     seed = int(row["file_name"].rpartition("/")[2].partition(".")[0])
-    return np.random.default_rng(seed).integers(0, 256, (120, 160, 3), np.uint8)
+    return np.random.default_rng(seed).integers(0, 256, (96, 96, 3), np.uint8)
 
 
 def flat(row: Any) -> np.ndarray:
@@ -81,7 +82,7 @@ def test_two_hundred_pictures_make_a_small_page(tmp_path: Path) -> None:
     assert len(found) == 200
     kind, _, code = found[7]["picture"].partition(";base64,")
     assert kind == "data:image/jpeg"
-    assert Image.open(io.BytesIO(base64.b64decode(code))).size == (96, 72)
+    assert Image.open(io.BytesIO(base64.b64decode(code))).size == (96, 96)
 
 
 def test_what_cannot_be_decided_about_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -221,7 +222,8 @@ def test_the_keyboard_alone_reviews_and_saves(page: Path, tmp_path: Path) -> Non
     assert dropped["focused"].startswith("3 of 30")  # a drop moves on
     # A class stays, so that K goes with it; both together are one decision.
     assert kept["labels"][8] == (
-        "9 of 30, 8.png, jerry, kept by hand, screened: blurred: sharpness 8"
+        "9 of 30, 8.png, jerry, kept by hand, "
+        "class by hand, was tom; screened: blurred: sharpness 8"
     )
     assert note["focused"] == "note"
     # What is typed into the note is no command.

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tomjerry_utils import UserError
 from tomjerry_utils.curate import kind_of
-from tomjerry_utils.picture_page import reviewable, thumb
+from tomjerry_utils.picture_page import THUMBNAIL, reviewable, thumb
 from tomjerry_utils.picture_review import (
     Decision,
     Row,
@@ -161,7 +161,7 @@ class _Gallery:
 
         picture = w.HTML()
         buttons = [
-            _button("choose", lambda: self._choose(slot), "then use the keys or the buttons above"),
+            _button("pick", lambda: self._choose(slot), "then use the keys or the buttons above"),
             _button("keep", lambda: self._act("keep", slot), "keep this picture"),
             _button("drop", lambda: self._act("drop", slot), "drop this picture"),
         ]
@@ -236,10 +236,12 @@ class _Gallery:
         cls = row["class"] or "no class"
         name = escape(row["file_name"])
         alt = f"{cls}, {state}: {name}"
-        shown = f'<img alt="{alt}" src="{data_uri(kind, data)}">' if kind else "<i>no picture</i>"
+        edge = f"width:{THUMBNAIL}px;height:{THUMBNAIL}px;object-fit:contain"
+        source = data_uri(kind, data) if kind else ""
+        shown = f'<img alt="{alt}" style="{edge}" src="{source}">' if kind else "no picture"
         told_by = f"<b>{state}</b> · {cls} · {escape(row['source'])}"
         picture.value = (
-            f'<div title="{name}" style="line-height:1.25;overflow-wrap:anywhere;min-height:150px">'
+            f'<div title="{name}" style="line-height:1.25;overflow-wrap:anywhere;min-height:165px">'
             f"{shown}<br>{told_by}<br>{escape(why)}</div>"
         )
         style = "solid" if row["kept"] else "dashed"
@@ -323,6 +325,7 @@ class _Gallery:
 def _button(text: str, run: Callable[[], None], tip: str) -> Any:
     import ipywidgets
 
-    button = ipywidgets.Button(description=text, tooltip=tip, layout={"width": "auto"})
+    layout = {"width": "auto", "padding": "0 6px"}
+    button = ipywidgets.Button(description=text, tooltip=tip, layout=layout)
     button.on_click(lambda _: run())
     return button

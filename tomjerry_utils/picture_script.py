@@ -204,13 +204,19 @@ function list() {
 
 function words(picture) {
   const decision = session.decisions[picture.sha256], now = decided(picture, decision);
-  const state = (now.kept ? "kept" : "dropped") + (decision ? " by hand" : "");
+  const found = picture.class || "none", moved = decision && now.class !== picture.class;
+  const overruled = now.reason !== picture.reason;
+  // Of a picture with a new class, kept as it was, the class alone counts as decided.
+  const state = (now.kept ? "kept" : "dropped")
+    + (decision && (overruled || !moved) ? " by hand" : "");
   const why = [];
-  if (now.reason && now.kind !== state) why.push(now.reason);
+  if (now.kind !== state) why.push(now.reason);
   else if (decision && decision.note) why.push(decision.note);
-  if (decision && picture.reason) why.push("screened: " + picture.reason);
+  if (moved) why.push("class by hand, was " + found);
+  if (overruled && picture.reason) why.push("screened: " + picture.reason);
   if (picture.score) why.push("score " + picture.score);
-  return { state, why: why.join("; "), cls: now.class || "no class", kept: now.kept };
+  const told = why.filter(Boolean).join("; ");
+  return { state, why: told, cls: now.class || "no class", kept: now.kept };
 }
 
 function cellOf(index) {

@@ -80,9 +80,16 @@ def contact_sheet(
 
 def told(row: Mapping[str, Any], score: str = "score") -> tuple[str, str]:
     """What became of a row of `picture_review.apply`, and why: ("kept by hand", "was blurred")."""
-    state = ("kept" if row["kept"] else "dropped") + (" by hand" if row["decided"] else "")
-    why = [row["reason"].removeprefix(state).lstrip(": ")]
-    if row["screened"]:
+    state, why = "kept" if row["kept"] else "dropped", []
+    changed = bool(row["decided"]) and row["class"] != row["class_found"]
+    overruled = row["reason"] != row["screened"]
+    # Of a picture with a new class, kept as it was, the class alone counts as decided.
+    if row["decided"] and (overruled or not changed):
+        state += " by hand"
+    why.append(row["reason"].removeprefix(state).lstrip(": "))
+    if changed:
+        why.append(f"class by hand, was {row['class_found'] or 'none'}")
+    if row["decided"] and overruled and row["screened"]:
         why.append(f"screened: {row['screened']}")
     if value := told_score(row, score):
         why.append(f"score {value}")
