@@ -198,8 +198,9 @@ def _words(error: BaseException) -> str:
     while cause.args and isinstance(cause.args[0], BaseException):
         cause = cause.args[0]
     cause = getattr(cause, "reason", None) or cause
-    text = one_line(cause if isinstance(cause, BaseException) else error)
-    return text.rpartition("object at 0x")[2].partition(": ")[2] or text
+    if isinstance(cause, BaseException) and len(cause.args) > 1 and isinstance(cause.args[0], str):
+        return " ".join(cause.args[0].split())
+    return one_line(cause if isinstance(cause, BaseException) else error)
 
 
 def _owner_and_name(slug: str) -> str:
