@@ -157,7 +157,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "cache"))
     # Its only other addresses have fixed ports: this one is reached through a proxy, the server.
     monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
-    monkeypatch.setattr(kaggle.download, "__kwdefaults__", {"pause_s": 0.0})
+    monkeypatch.setattr(kaggle, "PAUSE_S", 0.0)
     with serving(Kaggle) as server:
         monkeypatch.setenv("http_proxy", server.address)
         yield server
