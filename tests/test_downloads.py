@@ -19,6 +19,11 @@ from tomjerry_utils import UserError, downloads
 CONTENT = bytes(range(256)) * 4000  # about a MB
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "PAUSE_S", 0.0)
+
+
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -28,7 +33,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def fetch(web: Server, folder: Path, extra: str = "", path: str = "/pack.zip") -> Path:
-    return downloads.download(f"{web.address}{path}{extra}", folder, pause_s=0.0)
+    return downloads.download(f"{web.address}{path}{extra}", folder)
 
 
 def partial(folder: Path) -> list[str]:
@@ -137,6 +142,7 @@ def test_what_may_pass_is_tried_again(web: Server, tmp_path: Path) -> None:
 
 def test_pauses_grow_and_end(web: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
+    monkeypatch.setattr(downloads, "PAUSE_S", 1.0)
     monkeypatch.setattr(downloads.time, "sleep", pauses.append)
     web.faults = [failing(503, Retry_After="7"), *[failing(502)] * 9]
     with pytest.raises(UserError, match=r"pack\.zip: the server answers 502, 5 times in a row"):
@@ -165,13 +171,13 @@ def test_nobody_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with serving() as server:
         address = f"{server.address}/pack.zip"
     with pytest.raises(UserError, match="refused"):
-        downloads.download(address, tmp_path, pause_s=0.0)
+        downloads.download(address, tmp_path)
     monkeypatch.setattr(downloads, "TIMEOUT_S", 0.05)
     with serving() as server:
         quiet = threading.Event()
         server.faults = [lambda handler: quiet.wait(20) and None] * 9
         with pytest.raises(UserError, match="no byte for"):
-            downloads.download(f"{server.address}/pack.zip", tmp_path, pause_s=0.0)
+            downloads.download(f"{server.address}/pack.zip", tmp_path)
         quiet.set()
 
 

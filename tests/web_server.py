@@ -23,6 +23,7 @@ class File:
         ranges: whether parts of it can be asked for.
         breaks: after how many bytes of the body the connection ends, one a request.
         length: whether the server tells how long it is.
+        headers: what else it says of the file.
     """
 
     content: bytes
@@ -30,6 +31,7 @@ class File:
     ranges: bool = True
     breaks: list[int] = field(default_factory=list)
     length: bool = True
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class Server(ThreadingHTTPServer):
@@ -37,8 +39,8 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, handler: type[Handler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.files: dict[str, File] = {}
         self.redirects: dict[str, str] = {}
         self.faults: list[Fault] = []
@@ -116,6 +118,8 @@ def send(handler: BaseHTTPRequestHandler, file: File) -> None:
         handler.send_header("ETag", file.tag)
     if file.length:
         handler.send_header("Content-Length", str(len(content) - start))
+    for name, value in file.headers.items():
+        handler.send_header(name, value)
     handler.end_headers()
     end = len(content)
     if file.breaks:
@@ -126,9 +130,9 @@ def send(handler: BaseHTTPRequestHandler, file: File) -> None:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Server]:
+def serving(handler: type[Handler] = Handler) -> Iterator[Server]:
     """A server that runs while the block does."""
-    with Server() as server:
+    with Server(handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:

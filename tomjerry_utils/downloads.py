@@ -61,7 +61,7 @@ def local(where: str, folder: Path) -> Path:
     return download(where, folder) if is_url(where) else Path(where).expanduser()
 
 
-def download(url: str, folder: Path, *, pause_s: float = PAUSE_S) -> Path:
+def download(url: str, folder: Path) -> Path:
     """Fetch a file, or return at once when an earlier call did.
 
     A broken connection, a time-out, 429 and 5xx are tried again, with a growing pause, as long as
@@ -72,7 +72,6 @@ def download(url: str, folder: Path, *, pause_s: float = PAUSE_S) -> Path:
         url: http or https. `#sha256=<64 hex digits>` and `size=<bytes>` after it, joined by `&`,
             are checked.
         folder: gets `<host>-<hash of the address>/<file name>`.
-        pause_s: seconds before the second attempt.
 
     Returns:
         the path of the complete file.
@@ -91,7 +90,7 @@ def download(url: str, folder: Path, *, pause_s: float = PAUSE_S) -> Path:
             return target
         home.mkdir(parents=True, exist_ok=True)
         part = home / f".{wanted.name}.part"
-        _fetch(wanted, part, pause_s)
+        _fetch(wanted, part)
         _check(part, target, wanted)
         _sync(part)
         os.replace(part, target)
@@ -150,7 +149,7 @@ def _check(path: Path, target: Path, wanted: _Wanted) -> None:
 # ---- attempts ------------------------------------------------------------------------------------
 
 
-def _fetch(wanted: _Wanted, part: Path, pause_s: float) -> None:
+def _fetch(wanted: _Wanted, part: Path) -> None:
     failures, most = 0, 0
     while True:
         most = max(most, _size(part))
@@ -164,7 +163,7 @@ def _fetch(wanted: _Wanted, part: Path, pause_s: float) -> None:
                     f"{wanted.url}: {error}, {TRIES} times in a row: try again later, "
                     "what has arrived is kept"
                 ) from None
-            wait = error.wait_s if error.wait_s is not None else pause_s * 2 ** max(failures - 1, 0)
+            wait = error.wait_s if error.wait_s is not None else PAUSE_S * 2 ** max(failures - 1, 0)
             log(f"download {wanted.name}: {error}, going on in {wait:.0f} s")
             time.sleep(wait)
 

@@ -73,13 +73,12 @@ def kaggle_source(where: str, options: Options) -> Iterator[Batch]:
     yield from photo_sets.batches(folder, layout, options, name="kaggle")
 
 
-def download(slug: str, *, pause_s: float = PAUSE_S) -> Path:
+def download(slug: str) -> Path:
     """Fetch a dataset into kagglehub's cache, or return at once when it is there.
 
     Args:
         slug: `owner/name` or `owner/name/versions/3`; without a version, Kaggle is asked for the
             newest each time.
-        pause_s: seconds before the second attempt after a broken connection.
 
     Raises:
         UserError: no such dataset or version, no permission, no connection, or no kagglehub.
@@ -105,7 +104,7 @@ def download(slug: str, *, pause_s: float = PAUSE_S) -> Path:
                 # kagglehub raises many kinds, of its own and of its HTTP client: all mean no data.
                 if attempt == TRIES or not _passing(error):
                     raise _told(slug, error, attempt) from None
-                wait = pause_s * 2 ** (attempt - 1)
+                wait = PAUSE_S * 2 ** (attempt - 1)
                 log(f"collect: {slug}: {_words(error)}, going on in {wait:.0f} s")
                 time.sleep(wait)
     raise AssertionError("every attempt returns or raises")
@@ -164,9 +163,9 @@ def _told(slug: str, error: BaseException, attempts: int) -> UserError:
         )
     if status == 403:
         return UserError(
-            f"{slug}: Kaggle refuses (403): the account of {source} may not read it: open "
-            f"https://www.kaggle.com/datasets/{_owner_and_name(slug)}, accept its terms there, or "
-            "give a downloaded folder"
+            f"{slug}: Kaggle refuses (403): the account of {source} may not read it, or there is none: "
+            f"open https://www.kaggle.com/datasets/{_owner_and_name(slug)}, accept its terms "
+            "there, or give a downloaded folder"
         )
     if status == 404:
         return UserError(
@@ -175,8 +174,8 @@ def _told(slug: str, error: BaseException, attempts: int) -> UserError:
     again = f", {attempts} times" if attempts > 1 else ""
     if _passing(error):
         return UserError(
-            f"{slug}: cannot be downloaded ({_words(error)}{again}): try again later, what has "
-            "arrived is kept; or give a downloaded folder"
+            f"{slug}: cannot be downloaded ({_words(error)}{again}): try again later, it "
+            "goes on where it was; or give a downloaded folder"
         )
     if isinstance(error, OSError) and error.errno and error.strerror and not status:
         return UserError(
@@ -194,12 +193,15 @@ def _words(error: BaseException) -> str:
     """An error in a few words; requests wraps several in one another."""
     if status := _status(error):
         return f"answer {status}"
+    if type(error).__name__ == "DataCorruptionError":
+        return "what arrives has another MD5 checksum than it should"
     cause: Any = error
     while cause.args and isinstance(cause.args[0], BaseException):
         cause = cause.args[0]
     cause = getattr(cause, "reason", None) or cause
-    text = one_line(cause if isinstance(cause, BaseException) else error)
-    return text.rpartition("object at 0x")[2].partition(": ")[2] or text
+    if isinstance(cause, BaseException) and len(cause.args) > 1 and isinstance(cause.args[0], str):
+        return " ".join(cause.args[0].split())
+    return one_line(cause if isinstance(cause, BaseException) else error)
 
 
 def _owner_and_name(slug: str) -> str:
