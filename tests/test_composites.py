@@ -392,6 +392,18 @@ def test_masks_of_files(tmp_path: Path, mice: list[Animal]) -> None:
     assert np.allclose(found[16:24, 20:24].mean(0), [0.2, 0.4, 0.6, 0.8])
 
 
+def test_every_place_of_a_mask_is_known_as_one(tmp_path: Path) -> None:
+    for place in animal_masks.PLACES:
+        file = tmp_path / "images" / place.format(stem="a")
+        assert animal_masks.is_mask(file)
+        picture = save_image(tmp_path / "images" / "a.png", np.full((9, 9, 3), 50, np.uint8))
+        save_image(file, np.full((9, 9), 255, np.uint8))
+        assert (animal_masks.animal_mask(picture, net=False) == 1).all()
+        file.unlink()
+    assert not animal_masks.is_mask(tmp_path / "images" / "a.png")
+    assert not animal_masks.is_mask(tmp_path / "cat" / "masked cat.png")
+
+
 def test_transparency_is_a_mask(tmp_path: Path) -> None:
     path = data_root() / "starter" / "cartoon" / "mouse" / "noto__mouse.png"
     found = animal_masks.animal_mask(path, net=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,9 @@ from scipy import ndimage
 
 from tomjerry_utils import UserError
 from tomjerry_utils.images import load_image, save_image
-from tomjerry_utils.sources import Row
+
+if TYPE_CHECKING:
+    from tomjerry_utils.sources import Row
 
 PLACES = (
     *("{stem}.mask.png", "{stem}_mask.png", "masks/{stem}.png", "../masks/{stem}.png"),
@@ -74,6 +77,12 @@ def animal_mask(path: Path, *, net: bool = True) -> np.ndarray:
     if not net:
         raise UserError(f"{path}: no mask: {HOW}")
     return _by_net(path)
+
+
+def is_mask(path: Path) -> bool:
+    """Whether a file is by its name another picture's mask, so no picture to collect."""
+    named = path.stem.endswith((".mask", "_mask")) or path.parent.name in ("masks", "trimaps")
+    return named and path.suffix == ".png"
 
 
 def beside(path: Path) -> np.ndarray | None:
