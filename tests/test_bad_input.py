@@ -333,6 +333,12 @@ def bad() -> dict[str, tuple[bytes, str]]:
         "torn.gif": (noise("GIF")[:2000], "broken picture"),
         "torn.webp": (noise("WEBP")[:2000], "broken picture|not a picture"),
         "torn.tif": (noise("TIFF", compression="tiff_lzw")[:5000], "broken picture|not a picture"),
+        "fewer rows.tif": (
+            wide_tiff(0).replace(
+                struct.pack("<HHII", 257, 4, 1, 40), struct.pack("<HHII", 257, 4, 1, 90)
+            ),
+            "rows is missing",
+        ),
         "torn.bmp": (noise("BMP")[:5000], "broken picture"),
         "bomb.png": (bomb(), size),
         "bomb.jpg": (with_size(jpeg, start, ">HH", 65_000, 65_000), size),
@@ -400,6 +406,23 @@ def test_it_is_refused_in_one_line(
         for kind in (ImageFile.ImageFile, PngImagePlugin.PngImageFile):
             monkeypatch.setattr(kind, "load", lambda *_: pytest.fail("a bomb was decoded"))
     assert any(part in refusal(path) for part in message.split("|"))
+
+
+@pytest.mark.parametrize("name", [n for n in good() if n.split(".")[0] in ("plain", "progressive")])
+def test_no_part_of_a_picture_passes_for_the_whole(name: str, tmp_path: Path) -> None:
+    content = good()[name][0]
+    (tmp_path / "whole").write_bytes(content)
+    whole, path = load_image(tmp_path / "whole"), tmp_path / f"torn-{name}"
+    refused = 0
+    for share in np.linspace(0.02, 0.999, 25):
+        path.write_bytes(content[: int(share * len(content))])
+        try:
+            got = load_image(path)
+        except UserError:
+            refused += 1
+        else:
+            assert np.array_equal(got, whole)
+    assert refused > 15
 
 
 def test_a_picture_that_lost_its_end_is_refused_whatever_others_ask_of_pillow(

@@ -17,6 +17,7 @@ promise more pixels than fit into memory, its end may be missing. Decisions, eac
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 import warnings
@@ -42,8 +43,12 @@ _FORMATS = (
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _AVIF_BRANDS = {b"avif", b"avis"}
 _ORIENTATION = 0x0112
-_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+_COLUMNS, _ROWS, _PHOTOMETRIC, _WHITE_IS_ZERO = 256, 257, 262, 0
+_AT_ONCE = 1 << 20  # pixels
 _SAME_COLOUR = 2  # levels: a profile that moves no colour further than this is sRGB
+
+# What Pillow logs of damaged files, the refusal says; without a handler it would reach the screen.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,8 @@ def _read(file: BinaryIO, name: str) -> PictureFile:
                 f"{name}: {width}×{height} pixels are more than {MAX_PIXELS // 10**6} million: "
                 "make the picture smaller first"
             )
+        if image.format == "TIFF" and _lacks_strips(image):
+            raise ValueError("a part of its rows is missing")
         image.load()
         if image.format in ("JPEG", "MPO") and _lost_its_end(file):
             raise ValueError("its end is missing, only zeros follow")
@@ -190,6 +197,16 @@ def _lost_its_end(file: BinaryIO) -> bool:
     while (later := content.find(b"\xff\xda", scan + 2)) >= 0:
         scan = later
     return content.endswith(bytes(64)) and b"\xff\xd9" not in content[scan:]
+
+
+def _lacks_strips(image: Image.Image) -> bool:
+    """Whether a TIFF holds fewer strips or tiles than its size asks for; Pillow leaves what is
+    missing black."""
+    extents = [tile[1] for tile in getattr(image, "tile", [])]
+    right, bottom = (max((each[i] for each in extents if each), default=0) for i in (2, 3))
+    tags = getattr(image, "tag_v2", {})
+    # Not `image.size`, which is that of the picture turned upright.
+    return right < tags.get(_COLUMNS, 0) or bottom < tags.get(_ROWS, 0)
 
 
 def _has_more(image: Image.Image) -> bool:
@@ -302,8 +319,10 @@ def _wide(image: Image.Image) -> np.ndarray:
     usual = {"I;16": (65535.0,), "F": (1.0, 255.0, 65535.0)}.get(image.mode[:4], (255.0, 65535.0))
     white = next((value for value in usual if top <= value), top)
     grey = np.empty(values.shape, np.uint8)
-    for row, line in zip(grey, values, strict=True):  # by rows: no float copy of the whole
-        row[:] = (np.clip(line / white, 0.0, 1.0) * 255).round()
+    step = max(1, _AT_ONCE // values.shape[1])
+    for top in range(0, len(values), step):  # in parts: no float copy of the whole
+        share = (values[top : top + step] / white).clip(0.0, 1.0)
+        grey[top : top + step] = (share * 255).round()
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         grey = 255 - grey
