@@ -48,6 +48,8 @@ class Look:
     colours: np.ndarray
     edges: np.ndarray
     score: float = 0.0
+    step: float = 0.0
+    new: float = -1.0
     mixed: bool = False
 
 
@@ -107,6 +109,7 @@ class ShotFinder:
         look = _look(number, thumb)
         if self._looks:
             look.score = distance(self._looks[-1], look)
+            look.step = float(np.abs(look.grey - self._looks[-1].grey).mean())
         self._looks.append(look)
         self._decide(number - _FLASH - 1)
 
@@ -123,30 +126,56 @@ class ShotFinder:
             if self._judged < look.number <= until:
                 self._judged = look.number
                 if self._is_cut(looks, i):
-                    self._found.cuts.append(look.number)
-                    self._found.gaps.append(look.number - looks[i - 1].number - 1)
+                    self._add_cut(looks, i)
                 self._mixture(looks, i)
 
     # ---- hard cuts -------------------------------------------------------------------------------
 
     def _is_cut(self, looks: list[Look], i: int) -> bool:
         here = looks[i]
-        if i == 0 or here.score < self._least:
+        if i == 0 or here.step < 2.0:
             return False
-        near = [k for k in looks[1:] if abs(k.number - here.number) <= 3]
-        if here.score < max(k.score for k in near):
+        sides = [s for s in (looks[max(i - _SIDE, 1) : i], looks[i + 1 : i + 1 + _SIDE]) if s]
+        busy = max((float(np.median([k.step for k in s])) for s in sides), default=0.0)
+        restless = max((float(np.median([k.score for k in s])) for s in sides), default=0.0)
+        # Either the picture changes far more than around it, or colours and edges both do.
+        jumps = here.step >= 2.0 * busy + 1.0
+        turns = here.score >= max(self._least, self._ratio * (restless + 0.02))
+        if not jumps and not turns:
             return False
-        sides = (looks[max(i - _SIDE, 1) : i], looks[i + 1 : i + 1 + _SIDE])
-        restless = max((float(np.median([k.score for k in s])) for s in sides if s), default=0.0)
-        if here.score < self._ratio * (restless + 0.02):
+        new = self._new(looks, i)
+        near = [k for k in range(max(i - 3, 1), min(i + 4, len(looks)))
+                if 0 < abs(looks[k].number - here.number) <= 3]
+        rivals = [k for k in near if looks[k].step > here.step]
+        if new < 0.4 or any(self._new(looks, k) >= new for k in rivals):
+            return False
+        around = [self._new(looks, k) for k in range(max(i - 3, 1), min(i + 4, len(looks))) if k != i]
+        if not turns and new < float(np.median(around or [0.0])) + 0.25:
             return False
         # The picture from before is back soon, or this one was here just before: a flash.
         back = [k for k in looks[i + 1 :] if k.number - here.number < _FLASH]
         gone = [k for k in looks[: i - 1] if here.number - k.number <= _FLASH]
-        again = [distance(looks[i - 1], k) for k in back] + [distance(k, here) for k in gone]
-        if min(again, default=1.0) <= 0.3 * here.score:
-            return False
-        return changed(looks[i - 1].grey, here.grey) >= 0.4
+        pairs = [(looks[i - 1], k) for k in back] + [(k, here) for k in gone]
+        return all(changed(a.grey, b.grey) > 0.5 * new for a, b in pairs)
+
+    def _add_cut(self, looks: list[Look], i: int) -> None:
+        """Of cuts that only restless frames lie between, one is real: the strongest."""
+        here, found = looks[i], self._found
+        last = next((k for k, look in enumerate(looks) if found.cuts[-1:] == [look.number]), i)
+        if last < i and here.number - looks[last].number <= _FLASH:
+            between = [self._new(looks, k) for k in range(last + 1, i)]
+            if not between or float(np.median(between)) > 0.3:
+                if looks[last].score >= here.score:
+                    return
+                found.cuts.pop()
+                found.gaps.pop()
+        found.cuts.append(here.number)
+        found.gaps.append(here.number - looks[i - 1].number - 1)
+
+    def _new(self, looks: list[Look], i: int) -> float:
+        if looks[i].new < 0:
+            looks[i].new = changed(looks[i - 1].grey, looks[i].grey)
+        return looks[i].new
 
     # ---- dissolves and fades ---------------------------------------------------------------------
 
@@ -234,10 +263,13 @@ def _unexplained(a: np.ndarray, b: np.ndarray) -> float:
     blocks = off.reshape(*off.shape[:2], height // 4, 4, width // 4, 4).mean((3, 5))
     best = blocks.min((0, 1))
     tiles = a.reshape(height // 4, 4, width // 4, 4)
-    contrast = np.abs(tiles - tiles.mean((1, 3), keepdims=True)).mean((1, 3)) + 1.0
-    # A flat block has no contrast of its own: its level must be found again.
-    missed = best > np.maximum(0.6 * contrast, 6.0)
-    weight = np.sqrt(contrast)
+    contrast = np.abs(tiles - tiles.mean((1, 3), keepdims=True)).mean((1, 3))
+    # A flat block has no contrast of its own: its level must be found again. Dark pictures differ
+    # by fewer levels than bright ones.
+    least = min(max(0.12 * float(a.std()), 1.5), 6.0)
+    missed = best > np.maximum(0.6 * contrast, least)
+    # What is flat in both, as bars are, says nothing.
+    weight = np.sqrt(np.maximum(contrast, best)) + 0.1
     return float((weight * missed).sum() / weight.sum())
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tomjerry_utils import UserError, films, scenes
-from tomjerry_utils.runs import hash_file, hash_obj, log, read_json, write_json
+from tomjerry_utils.runs import hash_file, hash_obj, log
 
 Row = dict[str, Any]
 Loaded = np.ndarray | UserError
@@ -261,7 +261,8 @@ def clip_source(where: str, options: Options) -> Iterator[Batch]:
 def video_source(where: str, options: Options, *, name: str = "video") -> Iterator[Batch]:
     """Frames of a film, or of all films of a folder: `every_s` apart in each shot; group = shot.
 
-    A film that cannot be read becomes one dropped row with the reason.
+    Where a shot has no frame worth keeping, a dropped row says why. A film that cannot be read
+    becomes one dropped row with the reason, and the others go on.
     """
     path = Path(where)
     if not path.exists():
@@ -277,18 +278,20 @@ def _frames_of(path: Path, options: Options, name: str) -> Iterator[Batch]:
     domain = options.domain or "cartoon"
     try:
         sha = hash_file(path)[:8]
-        film = _scanned(path, options.work / f"shots-{sha}.json")
-        chosen = film.sample(options.every_s)
+        film = _scanned(path, options.work / f"shots-{sha}.npz")
+        chosen = film.choose(options.every_s)
     except (UserError, OSError) as error:
         stem = f"{plain_name(path.stem)}-{digest(path.name)}"
         row = make_row(name, stem, "", domain=domain, origin=path.name, reason=one_line(error))
         yield Batch([row], lambda indices: [])
         return
+    # The borders are part of what a picture is: where they are found anew, it is made anew.
+    key = f"{sha} {' '.join(map(str, film.borders))}"
     rows = [
         make_row(
             name,
             f"{plain_name(path.stem)}-{sha}-f{frame:06d}",
-            sha,
+            key,
             frame=frame,
             time_s=film.times[frame],
             shot=film.shot_of(frame),
@@ -297,19 +300,16 @@ def _frames_of(path: Path, options: Options, name: str) -> Iterator[Batch]:
             role=options.role,
             origin=path.name,
             rights=options.rights,
+            reason=reason,
         )
-        for frame in chosen
+        for frame, reason in chosen
     ]
-    frames = films.read_frames(path)
 
-    def load(part: Sequence[int], indices: Sequence[int]) -> Iterator[Loaded]:
-        # Batches are loaded in order, so that one pass over the film serves them all.
-        for wanted in (part[i] for i in indices):
-            picture = next((frame for number, frame in frames if number == wanted), None)
-            if picture is None:
-                yield UserError(f"{path}: frame {wanted} cannot be read")
-            else:
-                yield picture.to_ndarray(format="rgb24")
+    def load(part: Sequence[tuple[int, str]], indices: Sequence[int]) -> Iterator[Loaded]:
+        wanted = [part[i][0] for i in indices]
+        for number, picture in zip(wanted, film.pictures(wanted), strict=True):
+            damaged = UserError(f"{path}: frame {number} cannot be read")
+            yield damaged if picture is None else picture
 
     shots = [(path.name, first, film.times[first]) for first in film.cuts]
     for start in range(0, len(rows), BATCH):
@@ -318,14 +318,16 @@ def _frames_of(path: Path, options: Options, name: str) -> Iterator[Batch]:
         shots = []
 
 
-def _scanned(path: Path, cache: Path) -> films.Film:
-    """The film's times and cuts; scanning is the slow half, so an interrupted run keeps it."""
-    if cache.is_file():
-        found = read_json(cache)
-        return films.Film(path, found["times"], found["cuts"])
+def _scanned(path: Path, saved: Path) -> films.Film:
+    """What `open_film` finds; that is the slow half, so an interrupted run keeps it."""
+    if saved.is_file():
+        try:
+            return films.Film.load(saved, path)
+        except (OSError, ValueError, KeyError):
+            log(f"collect: {saved.name} is torn, looking anew")
     log(f"collect: looking for the shots of {path.name}")
     film = films.open_film(path)
-    write_json(cache, {"times": film.times, "cuts": film.cuts})
+    film.save(saved)
     return film
 
 
