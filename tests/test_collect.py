@@ -228,7 +228,7 @@ def test_folder_classes_duplicates_and_damaged_files(tmp_path: Path) -> None:
     assert by_origin["Tom/t.png"]["domain"] == "cartoon"
     assert out.images([by_origin["Tom/t.png"]]).shape[1] == 64
     assert by_origin["elsewhere/a.png"]["role"] == "unlabelled"
-    assert "flat" in by_origin["elsewhere/flat.png"]["reason"]
+    assert "empty" in by_origin["elsewhere/flat.png"]["reason"]
     for name in ("torn.jpg", "zero.png"):
         assert f"elsewhere/{name}" in by_origin[f"elsewhere/{name}"]["reason"]
     assert len(out.select()) == 3

@@ -316,7 +316,7 @@ def test_no_room_is_one_line_and_a_second_run_goes_on(
     arguments = {"folders": [str(mixed)], "precision": 2.0}
     with monkeypatch.context() as patch:
         patch.setattr(intake, "write", short)
-        with pytest.raises(UserError, match="no room left"):
+        with pytest.raises(UserError, match="no space left"):
             collect.collect_command(tmp_path / "out", **arguments)
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
     assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 5

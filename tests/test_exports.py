@@ -43,7 +43,7 @@ def noise(folder: Path, count: int, size: int = 40) -> Collection:
         rows.append(row | {"split": "validation" if i % 5 == 4 else "train"})
         rows[-1] |= {"role": "training", "kept": True, "domain": "natural", "class": "tom"}
     write_jsonl(folder / "manifest.jsonl", rows)
-    return Collection(folder, rows, size, "key")
+    return Collection(folder, size, "key")
 
 
 def samples(path: Path) -> dict[str, dict[str, bytes]]:

@@ -178,6 +178,7 @@ def _collect(arguments: argparse.Namespace) -> None:
         per_class=arguments.per_class,
         neither=arguments.neither,
         precision=arguments.precision,
+        composites=arguments.composites,
         decisions=str(arguments.decisions or ""),
     )
     print(f"see {made.folder / curate.DATASHEET} and {made.folder / curate.MANIFEST}")
@@ -360,6 +361,7 @@ def _parser() -> argparse.ArgumentParser:
     for option, default, text in (
         ("--smallest", 64, "drop pictures with a shorter side (64)"),
         ("--per-class", 0, "pictures of a class and domain at most (all)"),
+        ("--composites", 0, "compose photographs of cat and mouse until there are so many (0)"),
     ):
         added.add_argument(
             option, type=int, default=default, metavar="N" if default == 0 else "PIXELS", help=text

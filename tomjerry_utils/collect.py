@@ -174,6 +174,7 @@ def collect_command(
     per_class: int = 0,
     neither: str = "drop",
     precision: float = 0.95,
+    composites: int = 0,
     decisions: str = "",
 ) -> Collection:
     """`tomjerry collect`: the same curation over sources named on the command line.
@@ -194,6 +195,7 @@ def collect_command(
         per_class: pictures of a class and domain at most; 0 for all.
         neither: "drop" or keep as "background" the frames that show neither character.
         precision: of the classes that a probe tells, on pictures held out; above 1, none are told.
+        composites: photographs of cat and mouse that there should be, the missing ones composed.
         decisions: a file of decisions by hand, "" for none.
 
     Raises:
@@ -221,6 +223,7 @@ def collect_command(
         per_class=per_class,
         limits=screens.Limits(short_side=smallest),
         precision=precision,
+        composites=composites,
         decisions=_decisions(decisions),
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -331,6 +334,7 @@ def _curation(profile: Profile) -> Curation:
         limits=screens.Limits(short_side=settings.smallest),
         precision=settings.label_precision,
         classes=tuple(c for c in scenes.CLASSES if c != "both" or settings.both != "none"),
+        composites=settings.per_class if settings.both == "composites" else 0,
         decisions=_decisions(settings.decisions),
     )
 

@@ -16,13 +16,14 @@ Masks come from `animal_masks`.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -172,6 +173,7 @@ def make_composites(
     seed: int,
     mask_of: Callable[[Row], np.ndarray],
     short_side: int = 512,
+    notes: Path | None = None,
 ) -> list[Row]:
     """Make composites of a collection's kept photographs and write them beside these.
 
@@ -184,6 +186,7 @@ def make_composites(
         n: how many pictures to make at most.
         mask_of: the mask of a row's picture, (H, W) in [0, 1]; `animal_masks.finder` makes one.
         short_side: larger scenes are reduced to this.
+        notes: a file that a killed or an earlier call left, of what need not be made again.
 
     Returns:
         Manifest rows: the composites, kept, and a row for each refused pair, with the reason; a
@@ -196,6 +199,7 @@ def make_composites(
     sides = _sides(cats, mice)
     counts = _shares(n, {split: len(c) + len(m) for split, (c, m) in sides.items()})
     useless: set[str] = set()
+    known = _read_notes(notes)
     out: list[Row] = []
     for split, found in sides.items():
         tries = itertools.islice(_all_pairs(*found, f"{seed} {split}"), 10 * counts[split] + 100)
@@ -206,21 +210,52 @@ def make_composites(
             if useless & {cat["sha256"], mouse["sha256"]}:
                 continue
             row = _row(cat, mouse, seed)
+            if (old := known.get(f"{row['file_name']} {short_side}")) and _there(folder, old):
+                row, who = old["row"], old["useless"]
+                if who:
+                    useless.add((cat if who == "cat" else mouse)["sha256"])
+                made += row["kept"]
+                out.append(row)
+                continue
+            who = ""
             try:
                 image, truth, note = _made(folder, cat, mouse, mask_of, row["seed"], short_side)
             except UserError as error:
                 row["reason"] = f"no composite: {one_line(error)}"
                 if isinstance(error, Useless):
-                    useless.add((cat if error.who == "cat" else mouse)["sha256"])
+                    who = error.who
+                    useless.add((cat if who == "cat" else mouse)["sha256"])
             else:
                 path = save_image(folder / row["file_name"], image)
                 save_image(folder / "masks" / Path(row["file_name"]).relative_to("images"), truth)
                 row.update(sha256=hash_file(path), kept=True, origin=f"{row['origin']} ({note})")
                 made += 1
             out.append(row)
+            if notes is not None:
+                with notes.open("a", encoding="utf-8") as file:
+                    note_row = {"row": row, "useless": who, "short_side": short_side}
+                    file.write(json.dumps(note_row, ensure_ascii=False) + "\n")
     kept = sum(row["kept"] for row in out)
     log(f"composites: {kept} of {n} made, {len(out) - kept} pairs refused")
     return out
+
+
+def _read_notes(path: Path | None) -> dict[str, dict[str, Any]]:
+    known: dict[str, dict[str, Any]] = {}
+    if path is not None and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                note = json.loads(line)
+                known[f"{note['row']['file_name']} {note['short_side']}"] = note
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that a kill tore
+    return known
+
+
+def _there(folder: Path, note: Mapping[str, Any]) -> bool:
+    row = note["row"]
+    path = folder / row["file_name"]
+    return not row["kept"] or (path.is_file() and hash_file(path) == row["sha256"])
 
 
 # ---- pairs and rows ----------------------------------------------------------------------------

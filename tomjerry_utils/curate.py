@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tomjerry_utils import UserError, intake
+from tomjerry_utils import UserError, animal_masks, composites, intake, photo_sets
 from tomjerry_utils.datasheet import datasheet
-from tomjerry_utils.intake import Journal, Workers
+from tomjerry_utils.intake import Journal, Seen, Workers
 from tomjerry_utils.judging import Curation, judge, kind_of
 from tomjerry_utils.runs import atomic_path, log
 from tomjerry_utils.sources import Batch, Row, digest
@@ -90,6 +90,8 @@ def _collect(batches: Callable[[], Iterable[Batch]], out: Path, how: Curation) -
         )
         kept = judge(journal, out, how)
         _write_kept(batches, journal, out, kept, how.short_side)
+        if how.composites:
+            _add_composites(journal, out, how)
         _remove_strangers(journal, out)
         found: Counter[str] = Counter(kind_of(row["reason"]) for row in journal.rows())
         _write_lines(
@@ -110,7 +112,9 @@ def _collect(batches: Callable[[], Iterable[Batch]], out: Path, how: Curation) -
 
 
 def _no_room(out: Path) -> UserError:
-    return UserError(f"{out}: no room left to write: free some and run the same command again")
+    return UserError(
+        f"{out}: no space left to write: free some space and run the same command again"
+    )
 
 
 def _write_lines(path: Path, rows: Iterable[Row]) -> None:
@@ -183,6 +187,37 @@ def _write_kept(
         raise UserError(f"{len(left)} pictures of the sources are gone: run the same command again")
 
 
+def _add_composites(journal: Journal, out: Path, how: Curation) -> None:
+    """Rows of photographs that show both, made of those that show one, until there are enough."""
+    single = [
+        row
+        for row in journal.rows()
+        if row["kept"] and row["domain"] == "natural" and row["role"] == "training"
+    ]
+    wanted = how.composites - sum(row["class"] == "both" for row in single)
+    if wanted <= 0:
+        return
+    ask = animal_masks.finder(out)
+    rows = composites.make_composites(
+        out,
+        single,
+        wanted,
+        seed=0,
+        mask_of=lambda row: photo_sets.read_mask(out, row) if row["mask"] else ask(row),
+        short_side=how.short_side,
+        notes=out / WORK / "composites.jsonl",
+    )
+    first = journal.count()
+    with journal.writing():
+        journal.add_rows(first, rows)
+        for place, row in enumerate(rows, start=first):
+            journal.decide(place, {"kept": row["kept"], "labelled_by": composites.SOURCE})
+            if row["kept"]:
+                journal.add(
+                    row["file_name"], composites.SOURCE, Seen("", row["sha256"], there=True)
+                )
+
+
 def _remove_strangers(journal: Journal, out: Path) -> None:
     """Remove pictures that an earlier call wrote here and this one does not keep."""
     gone = list(journal.strangers())
@@ -190,6 +225,7 @@ def _remove_strangers(journal: Journal, out: Path) -> None:
         # The journal is a file that anyone may edit: only names under images/ are ours to remove.
         if name.startswith("images/") and ".." not in Path(name).parts:
             (out / name).unlink(missing_ok=True)
+            (out / "masks" / Path(name).relative_to("images")).unlink(missing_ok=True)
     with journal.writing():
         journal.forget(gone)
     for torn in (out / "images").rglob(".tmp-*"):

@@ -43,6 +43,8 @@ class Curation:
         limits: of the screens.
         precision: of the classes that a probe tells, on pictures held out; above 1, none are told.
         classes: those wanted; pictures of others are dropped.
+        composites: photographs of the class `both` that there should be: what is missing is made of
+            one cat and one mouse each.
         decisions: by hand; they overrule the screens, the duplicates and the balance.
     """
 
@@ -52,6 +54,7 @@ class Curation:
     limits: screens.Limits = field(default_factory=screens.Limits)
     precision: float = 2.0
     classes: tuple[str, ...] = CLASSES
+    composites: int = 0
     decisions: Sequence[Decision] = ()
 
 

@@ -144,12 +144,17 @@ class ShotFinder:
         if not jumps and not turns:
             return False
         new = self._new(looks, i)
-        near = [k for k in range(max(i - 3, 1), min(i + 4, len(looks)))
-                if 0 < abs(looks[k].number - here.number) <= 3]
+        near = [
+            k
+            for k in range(max(i - 3, 1), min(i + 4, len(looks)))
+            if 0 < abs(looks[k].number - here.number) <= 3
+        ]
         rivals = [k for k in near if looks[k].step > here.step]
         if new < 0.4 or any(self._new(looks, k) >= new for k in rivals):
             return False
-        around = [self._new(looks, k) for k in range(max(i - 3, 1), min(i + 4, len(looks))) if k != i]
+        around = [
+            self._new(looks, k) for k in range(max(i - 3, 1), min(i + 4, len(looks))) if k != i
+        ]
         if not turns and new < float(np.median(around or [0.0])) + 0.25:
             return False
         # The picture from before is back soon, or this one was here just before: a flash.
