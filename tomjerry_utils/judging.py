@@ -198,7 +198,7 @@ class _Judged:
         )
         stands = near_duplicates.keep_best(pairs, -order)
         cluster = near_duplicates.clusters(len(places), pairs)
-        how_far = {tuple(pair): float(d) for pair, d in zip(pairs.tolist(), distance[near])}
+        how_far = dict(zip(map(tuple, pairs.tolist()), distance[near].tolist(), strict=True))
         for k in np.unique(pairs).tolist():
             i, best = places[k], places[int(stands[k])]
             self._groups.join(self._group[places[int(cluster[k])]], self._group[i])
