@@ -21,7 +21,7 @@ from tomjerry_utils.hash_search import RADIUS, propose
 __all__ = ["RADIUS", "clusters", "confirm", "keep_best", "perceptual_hashes", "propose"]
 
 WINDOWS = ((0.0, 0.0, 1.0), *((y, x, 0.95) for y in (0.0, 0.05) for x in (0.0, 0.05)))
-THRESHOLD = 0.27  # distance up to which two pictures are near-duplicates
+THRESHOLD = 0.3  # distance up to which two pictures are near-duplicates
 _HELD = 192  # pixels a side, at most, of pictures held for comparing
 _GREY = 96  # pixels a side, at most, of the grey levels that are laid on each other
 _SIZE = 128  # pixels a side that two pictures are compared at
@@ -115,7 +115,7 @@ def confirm(
     shelf = _Shelf(pictures, memory)
     out = np.full(len(pairs), np.inf, np.float32)
     waiting: list[int] = []
-    fitted: list[tuple[np.ndarray, np.ndarray]] = []
+    fitted: list[_Laid] = []
     for at in _by_group(pairs):
         i, j = pairs[at].tolist()
         a, b = shelf.get(i, j)
@@ -187,6 +187,7 @@ class _Held:
     colour: Image.Image
     grey: Image.Image
     mean: float
+    side: int  # the shorter one, before it was reduced
     bytes: int
 
 
@@ -195,7 +196,7 @@ def _reduced(picture: np.ndarray) -> _Held:
     colour = _at_most(image, _HELD)
     grey = _at_most(image.convert("L"), _GREY).convert("F")
     used = 3 * colour.width * colour.height + 4 * grey.width * grey.height
-    return _Held(colour, grey, float(np.asarray(grey).mean()), used)
+    return _Held(colour, grey, float(np.asarray(grey).mean()), min(image.size), used)
 
 
 def _at_most(image: Image.Image, side: int) -> Image.Image:
@@ -236,8 +237,20 @@ def _by_group(pairs: np.ndarray) -> np.ndarray:
     return np.lexsort((pairs[:, 1], pairs[:, 0], group))
 
 
-def _lay(a: _Held, b: _Held) -> tuple[np.ndarray, np.ndarray] | None:
-    """The part that both show, at 128 px and one brightness; None where they do not agree."""
+@dataclass(frozen=True)
+class _Laid:
+    """The part that both pictures show, (128, 128, 3) uint8 each, at one brightness and detail.
+
+    `allowance` is what a small picture loses more than one of 256 px to the same compression.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    allowance: float
+
+
+def _lay(a: _Held, b: _Held) -> _Laid | None:
+    """One picture laid on the other; None where they do not agree."""
     if a.mean > b.mean:
         a, b = b, a  # a brighter copy may be clipped at white, so the darker one is brightened
     best = min((_Fit(start) for start in _STARTS), key=lambda fit: fit.misfit(a.grey, b.grey, 24))
@@ -245,9 +258,21 @@ def _lay(a: _Held, b: _Held) -> tuple[np.ndarray, np.ndarray] | None:
         best = best.improved(a.grey, b.grey, size)
     if not best.plausible() or best.misfit(a.grey, b.grey, 48) > _MISFIT:
         return None
+    # Half the pixels of the larger are beyond compression's reach, those of the smaller are all
+    # there is.
+    larger, smaller = max(a.side, b.side), min(a.side, b.side)
+    detail = min(larger // 2, smaller, _SIZE)
     box_a, box_b = best.boxes()
-    first = best.brightened(_cut(a.colour, box_a, _SIZE))
-    return first.round().astype(np.uint8), _cut(b.colour, box_b, _SIZE).astype(np.uint8)
+    return _Laid(
+        _enlarged(best.brightened(_cut(a.colour, box_a, detail))),
+        _enlarged(_cut(b.colour, box_b, detail)),
+        max(1.0, (256 / larger) ** 0.5),
+    )
+
+
+def _enlarged(picture: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(picture.round().astype(np.uint8))
+    return np.asarray(image.resize((_SIZE, _SIZE), Image.Resampling.BILINEAR))
 
 
 class _Fit:
@@ -336,29 +361,27 @@ def _fade(size: int) -> np.ndarray:
 # ---- comparing what was laid on each other -------------------------------------------------------
 
 
-def _distances(laid: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def _distances(laid: Sequence[_Laid]) -> np.ndarray:
     import torch
     import torch.nn.functional as F
 
     from tomjerry_utils.features import feature_maps
 
     with torch.no_grad():
-        maps = feature_maps(
-            np.concatenate([np.stack(side) for side in zip(*laid, strict=True)]),
-            size=_SIZE,
-            depths=2,
-        )[1]
+        both = np.stack([pair.first for pair in laid] + [pair.second for pair in laid])
+        maps = feature_maps(both, size=_SIZE, depths=2)[1]
         # One scale a picture, not one a place: where a picture is flat there is little to differ.
         maps = maps / maps.square().sum(1).mean((1, 2)).sqrt()[:, None, None, None]
         first, second = maps.chunk(2)
         gap = (first - second).square().sum(1, keepdim=True)
-        gap = F.avg_pool2d(gap, 5, stride=1, padding=2, count_include_pad=False)[:, 0]
+        gap = F.avg_pool2d(gap, 3, stride=1, padding=1, count_include_pad=False)[:, 0]
         edge = gap.shape[-1]
         mark = round(_MARK * edge)
         found = []
         for y in (slice(0, mark), slice(edge - mark, edge)):
             for x in (slice(0, mark), slice(edge - mark, edge)):
-                open_ = torch.ones(edge, edge, dtype=torch.bool)
-                open_[y, x] = False
-                found.append(gap[:, open_].quantile(0.97, dim=1))
-        return torch.stack(found).amin(0).numpy()
+                unmarked = torch.ones(edge, edge, dtype=torch.bool)
+                unmarked[y, x] = False
+                found.append(gap[:, unmarked].quantile(0.97, dim=1))
+        allowance = np.array([pair.allowance for pair in laid], np.float32)
+        return torch.stack(found).amin(0).numpy() / allowance
