@@ -181,6 +181,12 @@ def _collect(arguments: argparse.Namespace) -> None:
         composites=arguments.composites,
         decisions=str(arguments.decisions or ""),
     )
+    if arguments.review:
+        from tomjerry_utils import picture_page, picture_review
+
+        by_hand = picture_review.read_decisions(arguments.decisions) if arguments.decisions else {}
+        page = made.folder / "review.html"
+        print(picture_page.write_page(page, made.rows, made.thumb, by_hand, score="photo"))
     print(f"see {made.folder / curate.DATASHEET} and {made.folder / curate.MANIFEST}")
 
 
@@ -384,6 +390,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="decisions by hand (keep, drop, class), as the gallery of notebook 01 writes them",
+    )
+    added.add_argument(
+        "--review",
+        action="store_true",
+        help="write a page, OUT/review.html, to look at all of it and make such decisions",
     )
     added.add_argument(
         "--validation", type=float, default=0.1, metavar="SHARE", help="of the groups (0.1)"
