@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tomjerry_utils import UserError, collect, curate, intake, judging, picture_review, scenes
+from tomjerry_utils import (
+    UserError,
+    collect,
+    curate,
+    intake,
+    judging,
+    picture_review,
+    scenes,
+    workers,
+)
 from tomjerry_utils.runs import hash_file, read_jsonl
 
 STYLES = {"cat": "natural", "mouse": "natural", "tom": "cartoon", "jerry": "cartoon"}
@@ -263,28 +272,28 @@ def test_killed_at_twenty_moments_ends_the_same(mixed: Path, tmp_path: Path) -> 
 def test_processes_give_what_one_gives(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(intake, "_FEW", 0)
+    monkeypatch.setattr(workers, "_FEW", 0)
     monkeypatch.setattr(intake, "_PART", 3)
     made = {}
     for count in (0, 2):
-        monkeypatch.setattr(intake.Workers, "__init__", workers(count))
+        monkeypatch.setattr(workers.Workers, "__init__", started(count))
         out = tmp_path / str(count)
         collect.collect_command(out, folders=[str(mixed)], precision=2.0)
         made[count] = (out / "manifest.jsonl").read_bytes()
     assert made[0] == made[2]
 
 
-def workers(count: int) -> object:
-    plain = intake.Workers.__init__
+def started(count: int) -> object:
+    plain = workers.Workers.__init__
     return lambda self, given=None: plain(self, count)
 
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     call = (
         "import os, signal, time\n"
-        "from tomjerry_utils import intake\n"
-        "intake._FEW = 0\n"
-        "with intake.Workers(2) as pool:\n"
+        "from tomjerry_utils import workers\n"
+        "workers._FEW = 0\n"
+        "with workers.Workers(2) as pool:\n"
         "    jobs = [(i, ()) for i in range(4)]\n"
         "    print(*(pid for _, pid in pool.each(os.getpid, jobs)), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -33,7 +33,7 @@ from tomjerry_utils import sources as src
 from tomjerry_utils.curate import MANIFEST, WORK, collect
 from tomjerry_utils.downloads import is_url
 from tomjerry_utils.images import load_image
-from tomjerry_utils.intake import JOURNAL, Journal
+from tomjerry_utils.journal import JOURNAL, Journal
 from tomjerry_utils.judging import SALT, Curation
 from tomjerry_utils.picture_review import Decision, read_decisions
 from tomjerry_utils.profiles import Profile

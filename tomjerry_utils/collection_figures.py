@@ -137,7 +137,15 @@ def domain_gap(
         figure = Figure(figsize=(8.5, 5.2), layout="constrained")
         axes = figure.subplots()
         for name, color in zip(names, colors, strict=False):
-            axes.scatter(*flat[name].T, s=9, color=color, alpha=0.45, linewidths=0, label=name)
+            axes.scatter(
+                flat[name][:, 0],
+                flat[name][:, 1],
+                s=9,
+                color=color,
+                alpha=0.45,
+                linewidths=0,
+                label=name,
+            )
             for i in _spread_out(flat[name], 5):
                 image = OffsetImage(resize(pictures[name][i], 48), zoom=0.55)
                 axes.add_artist(

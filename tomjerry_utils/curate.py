@@ -25,10 +25,11 @@ import numpy as np
 
 from tomjerry_utils import UserError, animal_masks, composites, intake, photo_sets
 from tomjerry_utils.datasheet import datasheet
-from tomjerry_utils.intake import Journal, Seen, Workers
+from tomjerry_utils.journal import JOURNAL, Journal, Seen
 from tomjerry_utils.judging import Curation, judge, kind_of
 from tomjerry_utils.runs import atomic_path, log
 from tomjerry_utils.sources import Batch, Row, digest
+from tomjerry_utils.workers import Workers
 
 MANIFEST = "manifest.jsonl"
 METADATA = "metadata.jsonl"
@@ -79,7 +80,7 @@ def _collect(batches: Callable[[], Iterable[Batch]], out: Path, how: Curation) -
     (out / WORK).mkdir(parents=True, exist_ok=True)
     shots: list[tuple[str, int, float]] = []
     names = _Names()
-    with Journal(out / intake.JOURNAL) as journal:
+    with Journal(out / JOURNAL) as journal:
         intake.take_in(
             batches(),
             journal,

@@ -16,7 +16,7 @@ import numpy as np
 
 from tomjerry_utils import UserError, class_probe, near_duplicates, screens
 from tomjerry_utils.images import load_image
-from tomjerry_utils.intake import Journal, Seen
+from tomjerry_utils.journal import Journal, Seen
 from tomjerry_utils.picture_review import BY_HAND, DROPPED, Decision
 from tomjerry_utils.runs import log
 from tomjerry_utils.scenes import CLASSES, STYLES, label_of
