@@ -143,6 +143,17 @@ def ensure(profile: Profile) -> Collection:
     return Collection(stage.folder, profile.image_size, stage.key)
 
 
+def opened(folder: Path) -> Collection:
+    """What `tomjerry collect` wrote to a folder.
+
+    Raises:
+        UserError: nothing was, or not to the end.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"no {folder / MANIFEST}: `tomjerry collect --out {folder}` makes it")
+    return Collection(folder, 512, hash_file(folder / MANIFEST)[:16])
+
+
 def training_facts(profile: Profile) -> dict[str, Any]:
     """What a profile's training pictures follow from, told without making them.
 
