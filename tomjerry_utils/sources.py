@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -352,30 +352,34 @@ def folder_source(where: str, options: Options, *, name: str = "folder") -> Iter
     if not paths:
         raise UserError(f"{folder}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
     notes = _metadata(folder)
-    rows = []
-    for path in paths:
-        relative = path.relative_to(folder).as_posix()
-        note = notes.get(relative, {})
-        cls, domain = _told_by_folders([folder.name, *PurePosixPath(relative).parts[:-1]])
-        cls = note.get("class") or cls
-        domain = note.get("domain") or options.domain or domain
-        rows.append(
-            make_row(
-                name,
-                f"{plain_name(path.stem)}-{digest(relative)}",
-                stamp(path),
-                domain=domain if domain in scenes.STYLES else "",
-                role=options.role,
-                group=f"{folder.name}/{note.get('group') or group_of(relative)}",
-                origin=relative,
-                rights=note.get("rights") or options.rights,
-                **{
-                    "class": cls if cls in scenes.CLASSES else "",
-                    **{k: note.get(k) or "" for k in ("text", "action", "facing", "place")},
-                },
-            )
+    # Rows are made by the batch: of a million files only the names are held.
+    for start in range(0, len(paths), BATCH):
+        part = paths[start : start + BATCH]
+        yield from file_batches(
+            [_row_of(path, folder, notes, options, name) for path in part], part
         )
-    yield from file_batches(rows, paths)
+
+
+def _row_of(path: Path, folder: Path, notes: Mapping[str, Row], options: Options, name: str) -> Row:
+    relative = path.relative_to(folder).as_posix()
+    note = notes.get(relative, {})
+    cls, domain = _told_by_folders([folder.name, *PurePosixPath(relative).parts[:-1]])
+    cls = note.get("class") or cls
+    domain = note.get("domain") or options.domain or domain
+    return make_row(
+        name,
+        f"{plain_name(path.stem)}-{digest(relative)}",
+        stamp(path),
+        domain=domain if domain in scenes.STYLES else "",
+        role=options.role,
+        group=f"{folder.name}/{note.get('group') or group_of(relative)}",
+        origin=relative,
+        rights=note.get("rights") or options.rights,
+        **{
+            "class": cls if cls in scenes.CLASSES else "",
+            **{k: note.get(k) or "" for k in ("text", "action", "facing", "place")},
+        },
+    )
 
 
 def group_of(relative: str) -> str:
