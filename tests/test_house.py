@@ -37,7 +37,7 @@ DISTRIBUTION = {
     "torch_fidelity": "torch-fidelity",
 }
 # The Kaggle client is the user's own choice; torchvision and the like are extras.
-OPTIONAL = {"lpips", "torch_fidelity", "torchvision", "kaggle", "kagglehub"}
+OPTIONAL = {"lpips", "torch_fidelity", "torchvision", "kaggle", "kagglehub", "pillow_heif"}
 
 
 def _names(requirements: list[str]) -> set[str]:
