@@ -411,6 +411,24 @@ def test_zip64_and_kinds_by_content(tmp_path: Path) -> None:
     assert unpacked(selfmade)[0] == ["large.png"]
 
 
+def test_the_length_of_a_table_of_contents_in_both_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [(f"{i}.png", picture(i)) for i in range(9)]
+    plain = pack(tmp_path / "plain.zip", members)
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)  # as if there were 65 536
+    path = pack(tmp_path / "pack.zip", members)
+    content = bytearray(path.read_bytes())
+    assert b"PK\6\6" in content
+    assert b"PK\6\6" not in plain.read_bytes()
+    at = content.rfind(b"PK\5\6")
+    content[at + 12 : at + 16] = b"\xff" * 4  # look into the larger record
+    path.write_bytes(content)
+    assert unpacking._directory_size(path) == unpacking._directory_size(plain) > 9 * 46
+    assert len(unpacked(path)[0]) == 9
+    assert unpacking._directory_size(put(tmp_path / "no.zip", b"PK\5\6")) == 0
+
+
 # ---- interrupted ---------------------------------------------------------------------------------
 
 
