@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
 import stat
 import struct
@@ -209,7 +208,7 @@ def test_a_tar_of_zeros_is_left_early(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_memory_stays_small(tmp_path: Path) -> None:
-    members = [("large.png", os.urandom(5_000_000)), *((f"{i}.bin", b"") for i in range(1000))]
+    members = [("large.png", bytes(30_000_000)), *((f"{i}.bin", b"") for i in range(1000))]
     for kind in ("zip", "tar.gz"):
         path = pack(tmp_path / f"pack.{kind}", members)
         (tmp_path / kind).mkdir()
@@ -217,7 +216,7 @@ def test_memory_stays_small(tmp_path: Path) -> None:
         unpack(path, tmp_path / kind)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert most < 4_000_000, kind
+        assert most < 10_000_000, kind
 
 
 def test_a_header_that_asks_for_memory_is_refused(tmp_path: Path) -> None:
