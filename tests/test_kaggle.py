@@ -242,7 +242,7 @@ def test_what_may_pass_is_tried_again(hub: Server) -> None:
         (401, "", r"refuses \(401\): it wants a token: .*KAGGLE_API_TOKEN"),
         (401, "t", r"the token from KAGGLE_API_TOKEN is not accepted"),
         (403, "", r"refuses \(403\): it wants a token"),
-        (403, "t", rf"the account of KAGGLE_API_TOKEN may not read it: .*/datasets/{FRAMES}"),
+        (403, "t", rf"the account of KAGGLE_API_TOKEN may not read it, .*/datasets/{FRAMES}"),
         (404, "t", r"no such dataset or version \(404\)"),
     ],
 )

@@ -163,8 +163,8 @@ def _told(slug: str, error: BaseException, attempts: int) -> UserError:
         )
     if status == 403:
         return UserError(
-            f"{slug}: Kaggle refuses (403): the account of {source} may not read it, or there is none: "
-            f"open https://www.kaggle.com/datasets/{_owner_and_name(slug)}, accept its terms "
+            f"{slug}: Kaggle refuses (403): the account of {source} may not read it, or there is "
+            f"none: open https://www.kaggle.com/datasets/{_owner_and_name(slug)}, accept its terms "
             "there, or give a downloaded folder"
         )
     if status == 404:
