@@ -204,43 +204,41 @@ def good() -> dict[str, tuple[bytes, np.ndarray, float]]:
         shown = colours(seed)
         found[name] = content, shown[..., :1].repeat(3, -1) if grey else shown, off
 
-    for seed, (name, kind, off, options) in enumerate(
-        [
-            ("plain.png", "PNG", 0, {}),
-            ("plain.jpg", "JPEG", 2, {"quality": 95}),
-            ("progressive.jpeg", "JPEG", 2, {"quality": 95, "progressive": True}),
-            ("lossless.webp", "WEBP", 0, {"lossless": True}),
-            ("lossy.webp", "WEBP", 3, {"quality": 95}),
-            ("plain.bmp", "BMP", 0, {}),
-            ("plain.gif", "GIF", 12, {}),
-            ("plain.tif", "TIFF", 0, {}),
-            ("packed.tiff", "TIFF", 0, {"compression": "tiff_lzw"}),
-            ("plain.ppm", "PPM", 0, {}),
-            ("a JPEG.png", "JPEG", 2, {"quality": 95}),
-            ("a PNG.jpg", "PNG", 0, {}),
-            ("a TIFF.gif", "TIFF", 0, {}),
-            ("moving.png", "PNG", 0, {"save_all": True}),
-            ("moving.gif", "GIF", 12, {"save_all": True}),
-            ("moving.webp", "WEBP", 0, {"save_all": True, "lossless": True}),
-            ("pages.tif", "TIFF", 0, {"save_all": True}),
-            (
-                "broken notes.jpg",
-                "JPEG",
-                2,
-                {"quality": 95, "exif": b"Exif\0\0II*\0" + b"\xff" * 40},
-            ),
-            ("broken notes.png", "PNG", 0, {"exif": b"these are no notes"}),
-            ("broken profile.png", "PNG", 0, {"icc_profile": b"no profile" * 30}),
-            ("grey profile.png", "PNG", 0, {"icc_profile": profile(None)}),
-            ("ünïcödé 猫.png", "PNG", 0, {}),
-            ("line\nbreak.png", "PNG", 0, {}),
-            ("-dash.png", "PNG", 0, {}),
-            ("n" * 230 + ".png", "PNG", 0, {}),
-            ("case.png", "PNG", 0, {}),
-            ("CASE.png", "PNG", 0, {}),
-        ],
-        start=1,
-    ):
+    plain: list[tuple[str, str, float, dict[str, Any]]] = [
+        ("plain.png", "PNG", 0, {}),
+        ("plain.jpg", "JPEG", 2, {"quality": 95}),
+        ("progressive.jpeg", "JPEG", 2, {"quality": 95, "progressive": True}),
+        ("lossless.webp", "WEBP", 0, {"lossless": True}),
+        ("lossy.webp", "WEBP", 3, {"quality": 95}),
+        ("plain.bmp", "BMP", 0, {}),
+        ("plain.gif", "GIF", 12, {}),
+        ("plain.tif", "TIFF", 0, {}),
+        ("packed.tiff", "TIFF", 0, {"compression": "tiff_lzw"}),
+        ("plain.ppm", "PPM", 0, {}),
+        ("a JPEG.png", "JPEG", 2, {"quality": 95}),
+        ("a PNG.jpg", "PNG", 0, {}),
+        ("a TIFF.gif", "TIFF", 0, {}),
+        ("moving.png", "PNG", 0, {"save_all": True}),
+        ("moving.gif", "GIF", 12, {"save_all": True}),
+        ("moving.webp", "WEBP", 0, {"save_all": True, "lossless": True}),
+        ("pages.tif", "TIFF", 0, {"save_all": True}),
+        (
+            "broken notes.jpg",
+            "JPEG",
+            2,
+            {"quality": 95, "exif": b"Exif\0\0II*\0" + b"\xff" * 40},
+        ),
+        ("broken notes.png", "PNG", 0, {"exif": b"these are no notes"}),
+        ("broken profile.png", "PNG", 0, {"icc_profile": b"no profile" * 30}),
+        ("grey profile.png", "PNG", 0, {"icc_profile": profile(None)}),
+        ("ünïcödé 猫.png", "PNG", 0, {}),
+        ("line\nbreak.png", "PNG", 0, {}),
+        ("-dash.png", "PNG", 0, {}),
+        ("n" * 230 + ".png", "PNG", 0, {}),
+        ("case.png", "PNG", 0, {}),
+        ("CASE.png", "PNG", 0, {}),
+    ]
+    for seed, (name, kind, off, options) in enumerate(plain, start=1):
         if options.get("save_all"):
             options = {**options, **frames(seed)}
         add(name, picture(kind, seed, **options), seed, off)
@@ -308,7 +306,7 @@ def bomb(side: int = 11_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + parts
 
 
-def with_size(content: bytes, at: int, form: str, *size: int) -> bytes:
+def with_size(content: bytes, at: int, form: str, *size: Any) -> bytes:
     """The same file with another size in its header."""
     return content[:at] + struct.pack(form, *size) + content[at + struct.calcsize(form) :]
 
@@ -352,6 +350,10 @@ def bad() -> dict[str, tuple[bytes, str]]:
             .replace(struct.pack("<HHII", 257, 4, 1, 40), struct.pack("<HHII", 257, 4, 1, 90_000))
             .replace(struct.pack("<HHII", 256, 3, 1, 64), struct.pack("<HHII", 256, 4, 1, 90_000))
             .replace(struct.pack("<HHII", 257, 3, 1, 40), struct.pack("<HHII", 257, 4, 1, 90_000)),
+            size,
+        ),
+        "bomb.webp": (
+            with_size(good()["moving.webp"][0], 24, "6s", (b"\xfe\x3f\0" * 2)),
             size,
         ),
         "nothing.png": (b"", "0 bytes"),
@@ -423,6 +425,25 @@ def test_no_part_of_a_picture_passes_for_the_whole(name: str, tmp_path: Path) ->
         else:
             assert np.array_equal(got, whole)
     assert refused > 15
+
+
+def test_damage_anywhere_is_one_line(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    contents = [content for content, *_ in good().values() if len(content) < 20_000]
+    refused = 0
+    for i in range(300):
+        data = bytearray(contents[i % len(contents)])
+        for at in rng.integers(0, min(len(data), 400), 3):
+            data[at] = rng.integers(256)
+        path = tmp_path / "damaged.bin"
+        path.write_bytes(data)
+        try:
+            assert load_image(path).dtype == np.uint8
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(str(path))
+            assert "\n" not in str(error)
+    assert 100 < refused < 290
 
 
 def test_a_picture_that_lost_its_end_is_refused_whatever_others_ask_of_pillow(

@@ -22,7 +22,10 @@ from tomjerry_utils.runs import atomic_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp"),
+    *(".bmp", ".gif", ".tif", ".tiff", ".avif"),
+)
 
 Fit = Literal["crop", "pad", "stretch"]
 
