@@ -6,6 +6,7 @@ Used by the tests of films and by benchmarks/film_frames.py.
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -81,11 +82,13 @@ def true_cuts() -> tuple[int, ...]:
 def clip_shots(width: int, height: int) -> tuple[Frames, ...]:
     """The nine shots of the starter clip, at this size."""
     frames = [
-        frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
+        frame.reformat(
+            width=width, height=height, format="rgb24", interpolation="AREA"
+        ).to_ndarray()
         for _, frame in films.read_frames(CLIP)
     ]
     edges = [0, *true_cuts(), len(frames)]
-    return tuple(frames[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True))
+    return tuple(frames[a:b] for a, b in itertools.pairwise(edges))
 
 
 def edit(kind: str, seed: int, *, shots: int = 13, size: tuple[int, int] = (160, 90)) -> Edit:
@@ -123,9 +126,16 @@ def edit(kind: str, seed: int, *, shots: int = 13, size: tuple[int, int] = (160,
 
 
 def write(
-    path: Path, frames: Sequence[np.ndarray], *, codec: str = "libx264", rate: int = 24,
-    times: Sequence[int] | None = None, pix_fmt: str = "yuv420p", gop: int = 0,
-    options: dict[str, str] | None = None, rotation: int = 0,
+    path: Path,
+    frames: Sequence[np.ndarray],
+    *,
+    codec: str = "libx264",
+    rate: int = 24,
+    times: Sequence[int] | None = None,
+    pix_fmt: str = "yuv420p",
+    gop: int = 0,
+    options: dict[str, str] | None = None,
+    rotation: int = 0,
 ) -> Path:
     """Encode frames; `times` in 1/1000 s makes the rate variable."""
     import av
@@ -192,14 +202,13 @@ def _taken(
 def _drawn(rng: np.random.Generator, length: int, size: tuple[int, int]) -> Frames:
     scene = scenes.describe(9_300_000 + int(rng.integers(0, 4000)))
     few = list(scenes.animate(scene, max(4, length // 4)))
-    shown = [np.asarray(Image.fromarray(scenes.render(s, "cartoon", 64).image).resize(size))
-             for s in few]
+    shown = [
+        np.asarray(Image.fromarray(scenes.render(s, "cartoon", 64).image).resize(size)) for s in few
+    ]
     return [shown[min(k * len(shown) // length, len(shown) - 1)] for k in range(length)]
 
 
-def _pan(
-    rng: np.random.Generator, wide: np.ndarray, length: int, size: tuple[int, int]
-) -> Frames:
+def _pan(rng: np.random.Generator, wide: np.ndarray, length: int, size: tuple[int, int]) -> Frames:
     """A crop that moves over a still picture, 2 to 9 % of its width a frame, to and fro."""
     image = Image.fromarray(wide)
     width = 0.5 * image.width
@@ -218,7 +227,7 @@ def _pan(
 
 def _flash(rng: np.random.Generator, made: Edit) -> None:
     edges = [0, *made.cuts, len(made.frames)]
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
+    for first, end in itertools.pairwise(edges):
         at, length = int(rng.integers(first + 4, end - 8)), int(rng.integers(1, 4))
         for k in range(at, at + length):
             made.frames[k] = _mix(made.frames[k], np.full_like(made.frames[k], 255), 0.9)
@@ -245,9 +254,7 @@ def _grey(rng: np.random.Generator, shot: Frames) -> Frames:
 
 
 def _grain(rng: np.random.Generator, shot: Frames) -> Frames:
-    return [
-        (frame + rng.normal(0, 9, frame.shape)).clip(0, 255).astype(np.uint8) for frame in shot
-    ]
+    return [(frame + rng.normal(0, 9, frame.shape)).clip(0, 255).astype(np.uint8) for frame in shot]
 
 
 _GRADES: dict[str, Callable[[np.random.Generator, Frames], Frames]] = {

@@ -1,7 +1,7 @@
 """Frames of a film through PyAV: numbered, looked at cheaply, read again where they are wanted.
 
-A film is read twice. The first time its frames only have to be recognised: the loop filter and, in
-the codecs where nothing refers to them, the B frames are left out, and no frame is converted; a few
+A film is read twice. The first time its frames only have to be recognised: the loop filter is left
+out and no frame is converted; a few
 rows and columns of its planes are enough. The second time only the wanted frames are decoded, from
 the nearest key frame before each, and in full quality.
 """
@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     import av
     from av.container import InputContainer
 
-# Codecs in which no other frame is predicted from a B frame, or only other B frames are.
-_B_IS_SPARE = ("h264", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v3", "wmv3", "vc1")
 _PLANAR = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
-_SPARSEST = 6  # of how many frames one is looked at, at the least
 
 
 @dataclass
@@ -39,14 +36,12 @@ class Index:
             that can be trusted: then frames are counted as they are decoded.
         keys: numbers of the key frames.
         unit: seconds.
-        skip: what the decoder may leave out: "BIDIR", "NONREF" or "DEFAULT" (nothing).
         stretch: width of a stored pixel, its height being 1.
     """
 
     stamps: array[int]
     keys: array[int]
     unit: float
-    skip: str = "DEFAULT"
     stretch: float = 1.0
 
     def number(self, stamp: int | None) -> int:
@@ -118,7 +113,6 @@ def read_index(path: Path) -> Index:
     keys: array[int] = array("q")
     with open_container(path) as container:
         stream = container.streams.video[0]
-        name = stream.codec_context.name
         unit = float(stream.time_base or 0)
         stretch = float(stream.sample_aspect_ratio or 1)
         packets = container.demux(stream)
@@ -139,9 +133,8 @@ def read_index(path: Path) -> Index:
     times = np.sort(np.frombuffer(stamps, np.int64)) if stamps else np.zeros(0, np.int64)
     if not len(times) or not len(keys) or (np.diff(times) <= 0).any():
         return Index(array("q"), array("q"), 0.0, stretch=stretch)
-    skip = "BIDIR" if name in _B_IS_SPARE else "NONREF"
     numbers = np.searchsorted(times, np.sort(np.frombuffer(keys, np.int64)))
-    return Index(array("q", times.tobytes()), array("q", numbers.tobytes()), unit, skip, stretch)
+    return Index(array("q", times.tobytes()), array("q", numbers.tobytes()), unit, stretch)
 
 
 def look_through(path: Path, index: Index) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -158,15 +151,12 @@ def look_through(path: Path, index: Index) -> Iterator[tuple[int, av.VideoFrame]
         if not index.stamps:
             yield from enumerate(_decode(container, stream))
             return
-        stream.codec_context.skip_frame = index.skip
-        last = seen = -1
-        for seen, frame in enumerate(_decode(container, stream), start=1):
+        last = -1
+        for frame in _decode(container, stream):
             number = index.number(frame.pts)
             if number <= last:
                 raise LookupError(path)
             last = number
-            if index.skip != "DEFAULT" and last > 60 and seen * _SPARSEST < last:
-                raise LookupError(path)
             yield number, frame
 
 
@@ -191,16 +181,14 @@ def read_pictures(
     with open_container(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        stream.codec_context.skip_frame = index.skip
         keys = np.frombuffer(index.keys, np.int64)
         frames = _decode(container, stream)
         at, waiting = -1, None  # the number of the frame last decoded, and that frame
         for number in wanted:
             key = int(keys[max(np.searchsorted(keys, number, side="right") - 1, 0)])
-            if key > at + 1:
-                # Later frames before the next key frame are not worth decoding.
-                if _seek(container, stream, index.stamps[key]):
-                    frames, waiting = _decode(container, stream), None
+            # What lies before the next key frame is not worth decoding.
+            if key > at + 1 and _seek(container, stream, index.stamps[key]):
+                frames, waiting = _decode(container, stream), None
             while at < number:
                 waiting = next(frames, None)
                 if waiting is None:
@@ -269,7 +257,9 @@ class Glance:
         if frame.format.name not in _PLANAR:
             frame = frame.reformat(format="yuv420p")
         return [
-            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
+            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
+                : plane.height, : plane.width
+            ]
             for plane in itertools.islice(frame.planes, 3)
         ]
 

@@ -7,9 +7,10 @@ One fast pass over a film finds all of this (`open_film`); a second one reads on
 from __future__ import annotations
 
 import bisect
+import itertools
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ class Film:
             count = min(max(1, round(seconds / every_s)), end - first)
             edges = [self._at(self.times[first] + seconds * k / count) for k in range(count)]
             edges = [max(a, first) for a in edges] + [end]
-            for begin, stop in zip(edges[:-1], edges[1:], strict=True):
+            for begin, stop in itertools.pairwise(edges):
                 found = self._best(begin, stop, first, end) if stop > begin else None
                 if found and (not chosen or found[0] > chosen[-1][0]):
                     chosen.append(found)
@@ -99,9 +100,6 @@ class Film:
             UserError: the film is gone.
         """
         index = self.index or read_index(self.path)
-        looked = set(self.marks.number) if self.marks else set()
-        if not looked.issuperset(wanted):
-            index = replace(index, skip="DEFAULT")
         return read_pictures(self.path, index, wanted, self.borders)
 
     def save(self, path: Path) -> None:
@@ -120,7 +118,6 @@ class Film:
                 stamps=np.asarray(index.stamps, np.int64),
                 keys=np.asarray(index.keys, np.int64),
                 unit=np.asarray(index.unit),
-                skip=np.asarray(index.skip),
                 stretch=np.asarray(index.stretch),
                 **{f"mark_{name}": np.asarray(values) for name, values in vars(marks).items()},
             )
@@ -145,7 +142,6 @@ class Film:
                     array("q", found["stamps"].tobytes()),
                     array("q", found["keys"].tobytes()),
                     float(found["unit"]),
-                    str(found["skip"]),
                     float(found["stretch"]),
                 ),
             )
@@ -187,13 +183,11 @@ def open_film(path: Path) -> Film:
         UserError: no such file, not a film, or no frame in it can be read.
     """
     index = read_index(path)
-    # What the decoder may leave out is guessed from the codec; where that fails, more is decoded.
-    tries = [replace(index, skip=skip) for skip in dict.fromkeys((index.skip, "NONREF", "DEFAULT"))]
-    for attempt in [*tries, Index(array("q"), array("q"), 0.0, stretch=index.stretch)]:
+    for attempt in (index, Index(array("q"), array("q"), 0.0, index.stretch)):
         try:
             return _scan(path, attempt)
         except LookupError:
-            continue
+            continue  # its time stamps do not fit its frames: count them
     raise UserError(f"{path}: its frames have no order: convert it to mp4")
 
 
@@ -221,7 +215,9 @@ def _scan(path: Path, index: Index) -> Film:
     times = array("d", (round(t - zero, 6) for t in times))
     shots = finder.finish()
     shots.cuts = [cut - gap // 2 for cut, gap in zip(shots.cuts, shots.gaps, strict=True)]
-    return Film(path, times, shots.starts(), shots.cuts, shots.transitions, borders.find(), marks, index)
+    return Film(
+        path, times, shots.starts(), shots.cuts, shots.transitions, borders.find(), marks, index
+    )
 
 
 def _times(index: Index) -> array[float]:
