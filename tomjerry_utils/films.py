@@ -28,7 +28,16 @@ from tomjerry_utils.film_frames import (
 from tomjerry_utils.runs import atomic_path
 from tomjerry_utils.shots import THUMB, ShotFinder, Transition, find_cuts
 
-__all__ = ["THUMB", "VIDEO_SUFFIXES", "Film", "find_cuts", "open_film", "read_frames"]
+__all__ = [
+    "THUMB",
+    "VIDEO_SUFFIXES",
+    "Film",
+    "Marks",
+    "ShotFinder",
+    "find_cuts",
+    "open_film",
+    "read_frames",
+]
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".mpg", ".mpeg", ".ogv", ".wmv"),
