@@ -271,7 +271,7 @@ def test_memory_is_a_few_bytes_a_frame() -> None:
         finder.push(number, thumb + np.uint8(number % 7))
     assert len(finder._looks) <= 40
     marks = films.Marks()
-    marks.add(0, thumb[..., 0], thumb, False)
+    marks.add(0, thumb[..., 0], thumb, None)
     assert sum(values.itemsize for values in vars(marks).values()) <= 16
 
 

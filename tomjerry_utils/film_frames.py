@@ -8,7 +8,6 @@ the nearest key frame before each, and in full quality.
 
 from __future__ import annotations
 
-import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -183,19 +182,27 @@ def read_pictures(
         stream.thread_type = "AUTO"
         keys = np.frombuffer(index.keys, np.int64)
         frames = _decode(container, stream)
-        at, waiting = -1, None  # the number of the frame last decoded, and that frame
+        at, last = -1, None  # the number of the frame last decoded, and that frame
         for number in wanted:
-            key = int(keys[max(np.searchsorted(keys, number, side="right") - 1, 0)])
-            # What lies before the next key frame is not worth decoding.
-            if key > at + 1 and _seek(container, stream, index.stamps[key]):
-                frames, waiting = _decode(container, stream), None
-            while at < number:
-                waiting = next(frames, None)
-                if waiting is None:
+            place = max(int(np.searchsorted(keys, number, side="right")) - 1, 0)
+            # What lies before the next key frame is not worth decoding. Not every format can seek
+            # exactly: where that leads too far, earlier key frames are tried.
+            back = 0
+            while at > number or (back == 0 and keys[place] > at + 1):
+                stamp = index.stamps[int(keys[max(place - back, 0)])]
+                if not _seek(container, stream, stamp) or back > 4 * len(keys):
                     break
-                at = index.number(waiting.pts)
-            found = waiting is not None and at == number
-            yield picture_of(waiting, borders, index.stretch) if found else None
+                frames = _decode(container, stream)
+                last = next(frames, None)
+                at = index.number(last.pts) if last is not None else number + 1
+                back = max(1, 2 * back)
+            while last is None or at < number:
+                last = next(frames, None)
+                if last is None:
+                    break
+                at = index.number(last.pts)
+            found = last is not None and at == number
+            yield picture_of(last, borders, index.stretch) if found and last is not None else None
 
 
 def _counted(
@@ -256,11 +263,10 @@ class Glance:
         """Luma and the two colour differences, uint8, each of its own size; views, no copies."""
         if frame.format.name not in _PLANAR:
             frame = frame.reformat(format="yuv420p")
+        planes: Any = frame.planes[:3]
         return [
-            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
-                : plane.height, : plane.width
-            ]
-            for plane in itertools.islice(frame.planes, 3)
+            np.frombuffer(p, np.uint8).reshape(-1, p.line_size)[: p.height, : p.width]
+            for p in planes
         ]
 
     def thumb(self, planes: Sequence[np.ndarray]) -> np.ndarray:

@@ -203,7 +203,7 @@ def open_film(path: Path) -> Film:
 def _scan(path: Path, index: Index) -> Film:
     times = _times(index)
     finder, glance, marks, borders = ShotFinder(), Glance(), Marks(), Borders()
-    probed, card = -1.0, False
+    probed = -1.0
     for number, frame in look_through(path, index):
         if not index.stamps:
             start = times[-1] + 0.04 if times else 0.0
@@ -214,8 +214,8 @@ def _scan(path: Path, index: Index) -> Film:
         finder.push(number, thumb)
         probe = times[number] - probed >= _PROBES_S or probed < 0
         if probe:
-            probed, card = times[number], is_card(planes[0])
-        marks.add(number, planes[0], thumb, card)
+            probed = times[number]
+        marks.add(number, planes[0], thumb, is_card(planes[0]) if probe else None)
         if probe and marks.spread[-1] >= 8:
             borders.add(planes[0])
     if not marks.number:

@@ -231,8 +231,8 @@ class ShotFinder:
             ends = float((before.grey.var() + after.grey.var()) / 2)
             if float(middle.grey.var()) > 0.9 * ends:
                 return
-        begin = max(first.number - 3, 0)
-        self._found.transitions.append(Transition(begin, last.number + 4, kind))
+        begin = max(first.number - 4, 0)
+        self._found.transitions.append(Transition(begin, last.number + 6, kind))
 
 
 def find_cuts(
