@@ -6,6 +6,7 @@ Used by the tests of films and by benchmarks/film_frames.py.
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -87,7 +88,7 @@ def clip_shots(width: int, height: int) -> tuple[Frames, ...]:
         for _, frame in films.read_frames(CLIP)
     ]
     edges = [0, *true_cuts(), len(frames)]
-    return tuple(frames[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True))
+    return tuple(frames[a:b] for a, b in itertools.pairwise(edges))
 
 
 def edit(kind: str, seed: int, *, shots: int = 13, size: tuple[int, int] = (160, 90)) -> Edit:
@@ -226,7 +227,7 @@ def _pan(rng: np.random.Generator, wide: np.ndarray, length: int, size: tuple[in
 
 def _flash(rng: np.random.Generator, made: Edit) -> None:
     edges = [0, *made.cuts, len(made.frames)]
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
+    for first, end in itertools.pairwise(edges):
         at, length = int(rng.integers(first + 4, end - 8)), int(rng.integers(1, 4))
         for k in range(at, at + length):
             made.frames[k] = _mix(made.frames[k], np.full_like(made.frames[k], 255), 0.9)

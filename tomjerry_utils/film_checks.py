@@ -35,7 +35,7 @@ class Marks:
         spread: luma between the 2nd and 98th percentile, in the middle of the frame.
         sharp: how steep edges are: 255 for steps from one pixel to the next.
         comb: share of pixels in a comb, in 1/1000, at most 255.
-        card: 1 where the frame holds writing on a plain ground.
+        card: 2 where there is writing on a plain ground, 1 where not, 0 where nobody looked.
     """
 
     number: array[int] = field(default_factory=lambda: array("L"))
@@ -45,13 +45,13 @@ class Marks:
     comb: array[int] = field(default_factory=lambda: array("B"))
     card: array[int] = field(default_factory=lambda: array("B"))
 
-    def add(self, number: int, luma: np.ndarray, thumb: np.ndarray, card: bool) -> None:
+    def add(self, number: int, luma: np.ndarray, thumb: np.ndarray, card: bool | None) -> None:
         """Remember a frame.
 
         Args:
             luma: (H, W) uint8.
             thumb: (h, w, 3) uint8, luma first.
-            card: whether `is_card` says so of it, or of a frame just before.
+            card: what `is_card` says; None if it was not asked.
         """
         h, w = thumb.shape[:2]
         inner = np.sort(thumb[h // 4 : h - h // 4, w // 4 : w - w // 4, 0], axis=None)
@@ -61,7 +61,7 @@ class Marks:
         self.spread.append(int(inner[-1 - few]) - int(inner[few]))
         self.sharp.append(round(255 * sharpness(luma)))
         self.comb.append(min(255, round(1000 * combing(luma))))
-        self.card.append(card)
+        self.card.append(0 if card is None else 1 + card)
 
     def reasons(self, starts: Sequence[int]) -> list[str]:
         """Why each frame is not worth keeping; "" where it is.
@@ -75,7 +75,12 @@ class Marks:
         )
         flat = spread < 8
         shot = np.searchsorted(starts, number, side="right")
-        soft = np.zeros(len(number), bool)
+        soft, written = np.zeros(len(number), bool), np.zeros(len(number), bool)
+        for first, end in _runs(shot):
+            asked = np.flatnonzero(card[first:end])
+            if len(asked):  # what was seen last holds until the next look
+                last = np.searchsorted(asked, np.arange(end - first), side="right") - 1
+                written[first:end] = card[first:end][asked[np.maximum(last, 0)]] == 2
         lively = sharp[~flat]
         if len(lively):
             soft = sharp < 0.4 * float(np.quantile(lively, 0.5))
@@ -84,7 +89,7 @@ class Marks:
                 shown = sharp[part][~flat[part]]
                 if len(shown):
                     soft[part] |= sharp[part] < 0.5 * float(np.quantile(shown, 0.75))
-        told = [(soft, BLURRED), (comb > 6, COMBED), (card > 0, CARD), (flat, FLAT)]
+        told = [(soft, BLURRED), (comb > 6, COMBED), (written, CARD), (flat, FLAT)]
         told.append((flat & (light < 40), BLACK))
         out = [""] * len(number)
         for where, reason in told:
@@ -101,8 +106,8 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
 def sharpness(luma: np.ndarray) -> float:
     """How steep the edges are along the softer direction, 0 to 1.
 
-    The energy of differences over one pixel against those over four: all edges being steps gives
-    1, ramps over w pixels about 1/w. Where nothing changes there is no saying: 0.
+    From the energy of differences over one pixel against those over four: 1 where all edges are
+    steps, 0 where all are ramps of four pixels or more, or where nothing changes.
     """
     rows = luma[_spaced(luma.shape[0])].astype(np.int16)
     columns = luma[:, _spaced(luma.shape[1])].astype(np.int16)
@@ -112,7 +117,8 @@ def sharpness(luma: np.ndarray) -> float:
         whole = float(np.square(far, dtype=np.int32).mean()) if len(far) else 0.0
         if whole > 4.0:
             found.append(4 * float(np.square(near, dtype=np.int32).mean()) / whole)
-    return min(min(found), 1.0) if found else 0.0
+    # A ramp changes four times as much over four pixels as over one: 4 / 16.
+    return min(max((min(found) - 0.25) / 0.75, 0.0), 1.0) if found else 0.0
 
 
 def combing(luma: np.ndarray) -> float:
@@ -183,25 +189,20 @@ class Borders:
         moved = self._high.astype(np.int16) - self._low > _STATIC
         if moved.mean() < 0.2:
             return 0, 0, 0, 0  # too little happens to tell a border from a still background
-        top, bottom = (self._edge(moved, self._high, flip) for flip in (False, True))
-        inner = slice(top, moved.shape[0] - bottom)
-        left, right = (
-            self._edge(moved[inner].T, self._high[inner].T, flip) for flip in (False, True)
-        )
-        return top, bottom, left, right
+        top, bottom = self._depth(moved), self._depth(moved[::-1])
+        inner = moved[top : len(moved) - bottom].T
+        return top, bottom, self._depth(inner), self._depth(inner[::-1])
 
-    def _edge(self, moved: np.ndarray, high: np.ndarray, flip: bool) -> int:
-        if flip:
-            moved, high = moved[::-1], high[::-1]
-        del high
+    @staticmethod
+    def _depth(moved: np.ndarray) -> int:
         share = moved.mean(1)
         still = share <= 0.02
         depth = int(np.argmin(still)) if not still.all() else 0
         if not 1 <= depth <= _DEEPEST * len(moved):
             return 0
         # The picture begins at once, along a straight line: else it was only dark there.
-        ahead = share[depth : depth + 4]
-        if float(ahead.max()) < 0.5:
+        ahead = share[depth : depth + 3]
+        if float(ahead.max()) < 0.6:
             return 0
         # The first rows of the picture are mixed with the border by scaling and compression.
-        return depth + min(1 + int(np.argmax(ahead >= 0.5)), 4)
+        return depth + 1 + int(np.argmax(ahead >= 0.6))

@@ -1,14 +1,13 @@
 """Frames of a film through PyAV: numbered, looked at cheaply, read again where they are wanted.
 
-A film is read twice. The first time its frames only have to be recognised: the loop filter and, in
-the codecs where nothing refers to them, the B frames are left out, and no frame is converted; a few
+A film is read twice. The first time its frames only have to be recognised: the loop filter is left
+out and no frame is converted; a few
 rows and columns of its planes are enough. The second time only the wanted frames are decoded, from
 the nearest key frame before each, and in full quality.
 """
 
 from __future__ import annotations
 
-import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,10 +23,7 @@ if TYPE_CHECKING:
     import av
     from av.container import InputContainer
 
-# Codecs in which no other frame is predicted from a B frame, or only other B frames are.
-_B_IS_SPARE = ("h264", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v3", "wmv3", "vc1")
 _PLANAR = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
-_SPARSEST = 6  # of how many frames one is looked at, at the least
 
 
 @dataclass
@@ -39,14 +35,12 @@ class Index:
             that can be trusted: then frames are counted as they are decoded.
         keys: numbers of the key frames.
         unit: seconds.
-        skip: what the decoder may leave out: "BIDIR", "NONREF" or "DEFAULT" (nothing).
         stretch: width of a stored pixel, its height being 1.
     """
 
     stamps: array[int]
     keys: array[int]
     unit: float
-    skip: str = "DEFAULT"
     stretch: float = 1.0
 
     def number(self, stamp: int | None) -> int:
@@ -118,7 +112,6 @@ def read_index(path: Path) -> Index:
     keys: array[int] = array("q")
     with open_container(path) as container:
         stream = container.streams.video[0]
-        name = stream.codec_context.name
         unit = float(stream.time_base or 0)
         stretch = float(stream.sample_aspect_ratio or 1)
         packets = container.demux(stream)
@@ -139,9 +132,8 @@ def read_index(path: Path) -> Index:
     times = np.sort(np.frombuffer(stamps, np.int64)) if stamps else np.zeros(0, np.int64)
     if not len(times) or not len(keys) or (np.diff(times) <= 0).any():
         return Index(array("q"), array("q"), 0.0, stretch=stretch)
-    skip = "BIDIR" if name in _B_IS_SPARE else "NONREF"
     numbers = np.searchsorted(times, np.sort(np.frombuffer(keys, np.int64)))
-    return Index(array("q", times.tobytes()), array("q", numbers.tobytes()), unit, skip, stretch)
+    return Index(array("q", times.tobytes()), array("q", numbers.tobytes()), unit, stretch)
 
 
 def look_through(path: Path, index: Index) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -158,15 +150,12 @@ def look_through(path: Path, index: Index) -> Iterator[tuple[int, av.VideoFrame]
         if not index.stamps:
             yield from enumerate(_decode(container, stream))
             return
-        stream.codec_context.skip_frame = index.skip
-        last = seen = -1
-        for seen, frame in enumerate(_decode(container, stream), start=1):
+        last = -1
+        for frame in _decode(container, stream):
             number = index.number(frame.pts)
             if number <= last:
                 raise LookupError(path)
             last = number
-            if index.skip != "DEFAULT" and last > 60 and seen * _SPARSEST < last:
-                raise LookupError(path)
             yield number, frame
 
 
@@ -191,23 +180,29 @@ def read_pictures(
     with open_container(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        stream.codec_context.skip_frame = index.skip
         keys = np.frombuffer(index.keys, np.int64)
         frames = _decode(container, stream)
-        at, waiting = -1, None  # the number of the frame last decoded, and that frame
+        at, last = -1, None  # the number of the frame last decoded, and that frame
         for number in wanted:
-            key = int(keys[max(np.searchsorted(keys, number, side="right") - 1, 0)])
-            if key > at + 1:
-                # Later frames before the next key frame are not worth decoding.
-                if _seek(container, stream, index.stamps[key]):
-                    frames, waiting = _decode(container, stream), None
-            while at < number:
-                waiting = next(frames, None)
-                if waiting is None:
+            place = max(int(np.searchsorted(keys, number, side="right")) - 1, 0)
+            # What lies before the next key frame is not worth decoding. Not every format can seek
+            # exactly: where that leads too far, earlier key frames are tried.
+            back = 0
+            while at > number or (back == 0 and keys[place] > at + 1):
+                stamp = index.stamps[int(keys[max(place - back, 0)])]
+                if not _seek(container, stream, stamp) or back > 4 * len(keys):
                     break
-                at = index.number(waiting.pts)
-            found = waiting is not None and at == number
-            yield picture_of(waiting, borders, index.stretch) if found else None
+                frames = _decode(container, stream)
+                last = next(frames, None)
+                at = index.number(last.pts) if last is not None else number + 1
+                back = max(1, 2 * back)
+            while last is None or at < number:
+                last = next(frames, None)
+                if last is None:
+                    break
+                at = index.number(last.pts)
+            found = last is not None and at == number
+            yield picture_of(last, borders, index.stretch) if found and last is not None else None
 
 
 def _counted(
@@ -268,11 +263,10 @@ class Glance:
         """Luma and the two colour differences, uint8, each of its own size; views, no copies."""
         if frame.format.name not in _PLANAR:
             frame = frame.reformat(format="yuv420p")
+        planes: Any = frame.planes[:3]
         return [
-            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
-                : plane.height, : plane.width
-            ]
-            for plane in itertools.islice(frame.planes, 3)
+            np.frombuffer(p, np.uint8).reshape(-1, p.line_size)[: p.height, : p.width]
+            for p in planes
         ]
 
     def thumb(self, planes: Sequence[np.ndarray]) -> np.ndarray:

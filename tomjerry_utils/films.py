@@ -7,9 +7,10 @@ One fast pass over a film finds all of this (`open_film`); a second one reads on
 from __future__ import annotations
 
 import bisect
+import itertools
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,16 @@ from tomjerry_utils.film_frames import (
 from tomjerry_utils.runs import atomic_path
 from tomjerry_utils.shots import THUMB, ShotFinder, Transition, find_cuts
 
-__all__ = ["THUMB", "VIDEO_SUFFIXES", "Film", "find_cuts", "open_film", "read_frames"]
+__all__ = [
+    "THUMB",
+    "VIDEO_SUFFIXES",
+    "Film",
+    "Marks",
+    "ShotFinder",
+    "find_cuts",
+    "open_film",
+    "read_frames",
+]
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".mpg", ".mpeg", ".ogv", ".wmv"),
@@ -83,7 +93,7 @@ class Film:
             count = min(max(1, round(seconds / every_s)), end - first)
             edges = [self._at(self.times[first] + seconds * k / count) for k in range(count)]
             edges = [max(a, first) for a in edges] + [end]
-            for begin, stop in zip(edges[:-1], edges[1:], strict=True):
+            for begin, stop in itertools.pairwise(edges):
                 found = self._best(begin, stop, first, end) if stop > begin else None
                 if found and (not chosen or found[0] > chosen[-1][0]):
                     chosen.append(found)
@@ -99,9 +109,6 @@ class Film:
             UserError: the film is gone.
         """
         index = self.index or read_index(self.path)
-        looked = set(self.marks.number) if self.marks else set()
-        if not looked.issuperset(wanted):
-            index = replace(index, skip="DEFAULT")
         return read_pictures(self.path, index, wanted, self.borders)
 
     def save(self, path: Path) -> None:
@@ -120,7 +127,6 @@ class Film:
                 stamps=np.asarray(index.stamps, np.int64),
                 keys=np.asarray(index.keys, np.int64),
                 unit=np.asarray(index.unit),
-                skip=np.asarray(index.skip),
                 stretch=np.asarray(index.stretch),
                 **{f"mark_{name}": np.asarray(values) for name, values in vars(marks).items()},
             )
@@ -145,7 +151,6 @@ class Film:
                     array("q", found["stamps"].tobytes()),
                     array("q", found["keys"].tobytes()),
                     float(found["unit"]),
-                    str(found["skip"]),
                     float(found["stretch"]),
                 ),
             )
@@ -187,20 +192,18 @@ def open_film(path: Path) -> Film:
         UserError: no such file, not a film, or no frame in it can be read.
     """
     index = read_index(path)
-    # What the decoder may leave out is guessed from the codec; where that fails, more is decoded.
-    tries = [replace(index, skip=skip) for skip in dict.fromkeys((index.skip, "NONREF", "DEFAULT"))]
-    for attempt in [*tries, Index(array("q"), array("q"), 0.0, stretch=index.stretch)]:
+    for attempt in (index, Index(array("q"), array("q"), 0.0, index.stretch)):
         try:
             return _scan(path, attempt)
         except LookupError:
-            continue
+            continue  # its time stamps do not fit its frames: count them
     raise UserError(f"{path}: its frames have no order: convert it to mp4")
 
 
 def _scan(path: Path, index: Index) -> Film:
     times = _times(index)
     finder, glance, marks, borders = ShotFinder(), Glance(), Marks(), Borders()
-    probed, card = -1.0, False
+    probed = -1.0
     for number, frame in look_through(path, index):
         if not index.stamps:
             start = times[-1] + 0.04 if times else 0.0
@@ -211,8 +214,8 @@ def _scan(path: Path, index: Index) -> Film:
         finder.push(number, thumb)
         probe = times[number] - probed >= _PROBES_S or probed < 0
         if probe:
-            probed, card = times[number], is_card(planes[0])
-        marks.add(number, planes[0], thumb, card)
+            probed = times[number]
+        marks.add(number, planes[0], thumb, is_card(planes[0]) if probe else None)
         if probe and marks.spread[-1] >= 8:
             borders.add(planes[0])
     if not marks.number:

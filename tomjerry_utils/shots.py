@@ -118,7 +118,13 @@ class ShotFinder:
         if self._looks:
             self._decide(self._looks[-1].number)
             self._end_run(self._looks[-1])
-        return self._found
+        spans, found = self._found.transitions, self._found
+        kept = [
+            (cut, gap)
+            for cut, gap in zip(found.cuts, found.gaps, strict=True)
+            if not any(t.first <= cut < t.end for t in spans)
+        ]
+        return Shots([cut for cut, _ in kept], [gap for _, gap in kept], spans)
 
     def _decide(self, until: int) -> None:
         looks = list(self._looks)
@@ -139,6 +145,7 @@ class ShotFinder:
         busy = max((float(np.median([k.step for k in s])) for s in sides), default=0.0)
         restless = max((float(np.median([k.score for k in s])) for s in sides), default=0.0)
         # Either the picture changes far more than around it, or colours and edges both do.
+        gap = here.number - looks[i - 1].number
         jumps = here.step >= 2.0 * busy + 1.0
         turns = here.score >= max(self._least, self._ratio * (restless + 0.02))
         if not jumps and not turns:
@@ -150,7 +157,7 @@ class ShotFinder:
             if 0 < abs(looks[k].number - here.number) <= 3
         ]
         rivals = [k for k in near if looks[k].step > here.step]
-        if new < 0.4 or any(self._new(looks, k) >= new for k in rivals):
+        if new < 0.34 + 0.06 * min(gap, 5) or any(self._new(looks, k) >= new for k in rivals):
             return False
         around = [
             self._new(looks, k) for k in range(max(i - 3, 1), min(i + 4, len(looks))) if k != i
@@ -194,7 +201,7 @@ class ShotFinder:
         between = (1 - share) * before.grey + share * after.grey
         whole = float(np.abs(after.grey - before.grey).mean())
         off = float(np.abs(here.grey - between).mean())
-        here.mixed = whole >= 4.0 and off <= 0.22 * whole
+        here.mixed = whole >= 4.0 and off <= 0.36 * whole
         if here.mixed and not self._run:
             self._before = before
             self._run = [here, here, here]
@@ -224,8 +231,8 @@ class ShotFinder:
             ends = float((before.grey.var() + after.grey.var()) / 2)
             if float(middle.grey.var()) > 0.9 * ends:
                 return
-        begin = max(first.number - 3, 0)
-        self._found.transitions.append(Transition(begin, last.number + 4, kind))
+        begin = max(first.number - 4, 0)
+        self._found.transitions.append(Transition(begin, last.number + 6, kind))
 
 
 def find_cuts(
