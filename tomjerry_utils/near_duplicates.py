@@ -21,7 +21,7 @@ from tomjerry_utils.hash_search import RADIUS, propose
 __all__ = ["RADIUS", "clusters", "confirm", "keep_best", "perceptual_hashes", "propose"]
 
 WINDOWS = ((0.0, 0.0, 1.0), *((y, x, 0.95) for y in (0.0, 0.05) for x in (0.0, 0.05)))
-THRESHOLD = 0.3  # distance up to which two pictures are near-duplicates
+THRESHOLD = 0.27  # distance up to which two pictures are near-duplicates
 _HELD = 192  # pixels a side, at most, of pictures held for comparing
 _GREY = 96  # pixels a side, at most, of the grey levels that are laid on each other
 _SIZE = 128  # pixels a side that two pictures are compared at
