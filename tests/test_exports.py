@@ -157,7 +157,6 @@ def test_a_killed_export_does_not_look_finished(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from tomjerry_utils import exports\n"
         "from tomjerry_utils.collect import Collection\n"
-        "from tomjerry_utils.runs import read_jsonl\n"
         "sample, left = exports._sample, 9\n"
         "def last(*arguments):\n"
         "    global left\n"
@@ -167,7 +166,7 @@ def test_a_killed_export_does_not_look_finished(tmp_path: Path) -> None:
         "    return sample(*arguments)\n"
         "exports._sample = last\n"
         f"data = Path({str(tmp_path / 'data')!r})\n"
-        "made = Collection(data, read_jsonl(data / 'manifest.jsonl'), 40, 'key')\n"
+        "made = Collection(data, 40, 'key')\n"
         f"exports.export(made, Path({str(tmp_path / 'out')!r}), layout='webdataset', shard_mb=0.02)"
     )
     ended = subprocess.run([sys.executable, "-c", call], stderr=subprocess.DEVNULL)
