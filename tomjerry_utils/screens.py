@@ -30,8 +30,8 @@ WEIGHTS = "screens.safetensors"
 SIZE = 256  # px that a picture is brought to for the probes, and short side for the edges
 DOMAINS = ("cartoon", "natural")
 _BLOCK = 16  # px; one edge is read per block
-_FINE, _COARSE = 0.7, 2.0  # px, deviations of the two smoothings that edges are compared at
-_GRAIN = 0.30  # power of the fine slopes of white grain of deviation 1
+_FINE, _COARSE = 1.0, 2.0  # px, deviations of the two smoothings that edges are compared at
+_GRAIN = 0.051  # power of the fine slopes of white grain of deviation 1
 _NARROWEST = 8  # px; below, there is no room for an edge
 
 
@@ -369,7 +369,7 @@ def _edges(grey: np.ndarray) -> tuple[float, int, float]:
 
 
 def _residual(grey: np.ndarray) -> np.ndarray:
-    """Power of what is neither level nor slope (Immerkær 1996): grain, where there is no texture."""
+    """Power of what is neither level nor slope (Immerkær 1996): grain, where texture is least."""
     across = grey[:, :-2] - 2 * grey[:, 1:-1] + grey[:, 2:]
     power = np.zeros_like(grey)
     power[1:-1, 1:-1] = ((across[:-2] - 2 * across[1:-1] + across[2:]) / 6) ** 2
