@@ -6,6 +6,7 @@ installed; generated scenes of both styles are added. Only the probes ship, neve
 
 from __future__ import annotations
 
+import csv
 import io
 import re
 import shutil
@@ -20,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from tomjerry_utils import scenes
 from tomjerry_utils.images import GROUND, IMAGE_SUFFIXES
-from tomjerry_utils.runs import atomic_dir, log, project_root
+from tomjerry_utils.runs import atomic_dir, data_root, log, project_root
 from tomjerry_utils.screens import SIZE
 
 LARGEST = 640  # px; pictures are kept no larger than this
@@ -47,7 +48,10 @@ class Source:
     most: int = 400
 
 
-_ANIMALS = r"stamps/(animals|food|plants|household|vehicles|sports|hobbies)/(?!.*cartoon)"
+_STAMPS = (
+    r"stamps/(animals|plants|food/(fruit|vegetables|nuts)|household/tools|vehicles)/"
+    r"(?!.*(cartoon|penguin_with|pengwin|tux|fly|mosquito))"
+)
 SOURCES = (
     Source(
         "gcompris-qt-data",
@@ -56,8 +60,8 @@ SOURCES = (
         False,
         r"(categorization|explore_farm_animals|explore_monuments|explore_world_animals|erase)\.rcc",
     ),
-    Source("gcompris-qt-data", "GPL-3+, CC-BY-SA", False, False, r"(lang|babyshapes)\.rcc"),
-    Source("tuxpaint-stamps-default", "GPL-2+, public domain", True, False, _ANIMALS, 250),
+    Source("gcompris-qt-data", "GPL-3+, CC-BY-SA", False, False, r"/lang\.rcc"),
+    Source("tuxpaint-stamps-default", "GPL-2+, public domain", True, False, _STAMPS, 250),
     Source("tuxpaint-stamps-default", "GPL-2+, public domain", False, False, r"/cartoon/", 120),
     Source(
         "openclipart-png",
@@ -77,7 +81,7 @@ SOURCES = (
     ),
     Source(
         "lomiri-wallpapers-16.04", "CC-BY-SA", True, True,
-        r"Bridge|Dragonfly|aitz|free_by|friends|greentock|life_|picos|seeding|sunset|Wine|umang",
+        r"Bridge|Dragonfly|aitz|free_by|friends|greentock|life_|picos|seeding|sunset|Wine",
     ),
     Source("mate-backgrounds", "CC-BY-SA, GPL", True, True, r"mate/nature/(?!Aqua|Blinds)"),
     Source("palapeli-data", "GPL, CC-BY-SA", True, True, r"collection/.*jpg"),
@@ -91,11 +95,11 @@ SOURCES = (
         "opencv-doc", "Apache-2.0, BSD-3-Clause", True, True,
         r"examples/(data|hfs/data|text)/(aero1|aloeL|apple|baboon|basketball|box_in_scene|building|"
         r"butterfly|chicky|fruits|leuven|rubberwhale1|squirrel_cls|ela_original|00[12]|"
-        r"plant|left0|scenetext0)[^/]*\.(jpg|png)$",
+        r"plant|left0[15])[^/]*\.(jpg|png)$",
     ),
     Source("hedgewars-data", "GPL-2", False, True,
            r"/Themes/(?!.*(Tex|mask|Clouds|Girder|Border))|/Graphics/(Missions|Hats)", 300),
-    Source("tuxmath-data", "GPL-3+, public domain", False, True, r"/images/"),
+    Source("tuxmath-data", "GPL-3+, public domain", False, True, r"/images/(?!backgrounds)"),
 )  # fmt: skip
 
 
@@ -155,7 +159,7 @@ def gather(sources: Sequence[Source] = SOURCES) -> tuple[list[Material], dict[st
             continue
         versions[source.package] = (root / "VERSION").read_text(encoding="utf-8").strip()
         found += _read(source, root)
-    return found, versions
+    return found + _starter(), versions
 
 
 def drawn_scenes(style: str, seeds: range, sizes: Sequence[int], *, zoo: bool) -> list[Material]:
@@ -314,6 +318,23 @@ def _read(source: Source, root: Path) -> list[Material]:
             found.append(Material(image, name, source.package, source.photo, source.held_out))
     step = max(1.0, len(found) / source.most)
     return [found[int(i * step)] for i in range(min(len(found), source.most))]
+
+
+def _starter() -> list[Material]:
+    """The starter pictures, held out, but for those of packages that are trained on."""
+    root = data_root() / "starter"
+    with (root / "attribution.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["class"] in ("cat", "mouse", "rodent")]
+    trained = {source.package for source in SOURCES if not source.held_out}
+    found = []
+    for row in rows:
+        if row["package"].replace("-svg", "-png") in trained:
+            continue
+        image = _load((root / row["file"]).read_bytes())
+        if image is not None:
+            name = Path(row["file"]).name
+            found.append(Material(image, name, "starter", row["domain"] == "photo", True))
+    return found
 
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
