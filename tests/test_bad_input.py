@@ -569,10 +569,11 @@ def tomjerry(*arguments: str, cwd: Path, limit: int = 0) -> subprocess.Completed
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
+    found_by = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "tomjerry_utils", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE), "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "PYTHONPATH": found_by, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         timeout=120,  # what blocks, such as a pipe, must not block the tests
