@@ -1,9 +1,9 @@
 """Frames of a film through PyAV: numbered, looked at cheaply, read again where they are wanted.
 
-A film is read twice. The first time its frames only have to be recognised: the loop filter is left
-out and no frame is converted; a few
-rows and columns of its planes are enough. The second time only the wanted frames are decoded, from
-the nearest key frame before each, and in full quality.
+A film is read twice. The first time its frames only have to be recognised: the loop filter and the
+frames that no other is predicted from are left out, and none is converted; a few rows and columns
+of its planes are enough. The second time only the wanted frames are decoded, from the nearest key
+frame before each, and in full quality.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -36,12 +36,15 @@ class Index:
         keys: numbers of the key frames.
         unit: seconds.
         stretch: width of a stored pixel, its height being 1.
+        skip: what the decoder may leave out: "NONREF", frames that no other is predicted from, or
+            "DEFAULT", nothing.
     """
 
     stamps: array[int]
     keys: array[int]
     unit: float
     stretch: float = 1.0
+    skip: Literal["DEFAULT", "NONREF"] = "DEFAULT"
 
     def number(self, stamp: int | None) -> int:
         """The number of the frame with this time stamp; -1 where there is none."""
@@ -133,7 +136,9 @@ def read_index(path: Path) -> Index:
     if not len(times) or not len(keys) or (np.diff(times) <= 0).any():
         return Index(array("q"), array("q"), 0.0, stretch=stretch)
     numbers = np.searchsorted(times, np.sort(np.frombuffer(keys, np.int64)))
-    return Index(array("q", times.tobytes()), array("q", numbers.tobytes()), unit, stretch)
+    return Index(
+        array("q", times.tobytes()), array("q", numbers.tobytes()), unit, stretch, "NONREF"
+    )
 
 
 def look_through(path: Path, index: Index) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -150,6 +155,7 @@ def look_through(path: Path, index: Index) -> Iterator[tuple[int, av.VideoFrame]
         if not index.stamps:
             yield from enumerate(_decode(container, stream))
             return
+        stream.codec_context.skip_frame = index.skip
         last = -1
         for frame in _decode(container, stream):
             number = index.number(frame.pts)
@@ -180,6 +186,7 @@ def read_pictures(
     with open_container(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
+        stream.codec_context.skip_frame = index.skip
         keys = np.frombuffer(index.keys, np.int64)
         frames = _decode(container, stream)
         at, last = -1, None  # the number of the frame last decoded, and that frame

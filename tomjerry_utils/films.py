@@ -10,7 +10,7 @@ import bisect
 import itertools
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ VIDEO_SUFFIXES = (
     *(".ts", ".flv"),
 )
 _PROBES_S = 0.5  # seconds between two frames that borders and writing are looked for on
+_MARKS_S = 0.1  # seconds between two frames that may be kept
 _AWAY = 2  # frames at each end of a shot that are kept only if there is nothing else
 
 
@@ -109,6 +110,8 @@ class Film:
             UserError: the film is gone.
         """
         index = self.index or read_index(self.path)
+        if not self.marks or not set(self.marks.number).issuperset(wanted):
+            index = replace(index, skip="DEFAULT")
         return read_pictures(self.path, index, wanted, self.borders)
 
     def save(self, path: Path) -> None:
@@ -128,6 +131,7 @@ class Film:
                 keys=np.asarray(index.keys, np.int64),
                 unit=np.asarray(index.unit),
                 stretch=np.asarray(index.stretch),
+                skip=np.asarray(index.skip),
                 **{f"mark_{name}": np.asarray(values) for name, values in vars(marks).items()},
             )
 
@@ -152,6 +156,7 @@ class Film:
                     array("q", found["keys"].tobytes()),
                     float(found["unit"]),
                     float(found["stretch"]),
+                    "NONREF" if str(found["skip"]) == "NONREF" else "DEFAULT",
                 ),
             )
 
@@ -168,7 +173,8 @@ class Film:
         number = self.marks.number
         span = range(bisect.bisect_left(number, begin), bisect.bisect_left(number, stop))
         if not span:
-            return None
+            # A shot so short that none of its frames was judged.
+            return (middle, MIXED if self._mixed(middle) else "") if begin == first else None
         near = sorted(span, key=lambda i: (abs(number[i] - middle), number[i]))
         inner = [i for i in near if first + _AWAY <= number[i] < end - _AWAY] or near
         free = [i for i in inner if not self._mixed(number[i])]
@@ -192,7 +198,8 @@ def open_film(path: Path) -> Film:
         UserError: no such file, not a film, or no frame in it can be read.
     """
     index = read_index(path)
-    for attempt in (index, Index(array("q"), array("q"), 0.0, index.stretch)):
+    whole = replace(index, skip="DEFAULT")
+    for attempt in (index, whole, Index(array("q"), array("q"), 0.0, index.stretch)):
         try:
             return _scan(path, attempt)
         except LookupError:
@@ -203,7 +210,7 @@ def open_film(path: Path) -> Film:
 def _scan(path: Path, index: Index) -> Film:
     times = _times(index)
     finder, glance, marks, borders = ShotFinder(), Glance(), Marks(), Borders()
-    probed = -1.0
+    probed = marked = -1.0
     for number, frame in look_through(path, index):
         if not index.stamps:
             start = times[-1] + 0.04 if times else 0.0
@@ -215,7 +222,9 @@ def _scan(path: Path, index: Index) -> Film:
         probe = times[number] - probed >= _PROBES_S or probed < 0
         if probe:
             probed = times[number]
-        marks.add(number, planes[0], thumb, is_card(planes[0]) if probe else None)
+        if probe or times[number] - marked >= _MARKS_S:
+            marked = times[number]
+            marks.add(number, planes[0], thumb, is_card(planes[0]) if probe else None)
         if probe and marks.spread[-1] >= 8:
             borders.add(planes[0])
     if not marks.number:

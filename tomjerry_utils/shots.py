@@ -119,10 +119,12 @@ class ShotFinder:
             self._decide(self._looks[-1].number)
             self._end_run(self._looks[-1])
         spans, found = self._found.transitions, self._found
+        # A span reaches a little past its dissolve: a cut there is one; at a fade, its very end.
+        rims = [4 * (t.kind == "dissolve") for t in spans]
         kept = [
             (cut, gap)
             for cut, gap in zip(found.cuts, found.gaps, strict=True)
-            if not any(t.first <= cut < t.end for t in spans)
+            if not any(t.first + r <= cut < t.end - r for t, r in zip(spans, rims, strict=True))
         ]
         return Shots([cut for cut, _ in kept], [gap for _, gap in kept], spans)
 
@@ -146,7 +148,7 @@ class ShotFinder:
         restless = max((float(np.median([k.score for k in s])) for s in sides), default=0.0)
         # Either the picture changes far more than around it, or colours and edges both do.
         gap = here.number - looks[i - 1].number
-        jumps = here.step >= 2.0 * busy + 1.0
+        jumps = here.step >= (1.5 + 0.5 * gap) * busy + 1.0
         turns = here.score >= max(self._least, self._ratio * (restless + 0.02))
         if not jumps and not turns:
             return False
@@ -157,7 +159,7 @@ class ShotFinder:
             if 0 < abs(looks[k].number - here.number) <= 3
         ]
         rivals = [k for k in near if looks[k].step > here.step]
-        if new < 0.34 + 0.06 * min(gap, 5) or any(self._new(looks, k) >= new for k in rivals):
+        if new < 0.3 + 0.1 * min(gap, 4) or any(self._new(looks, k) >= new for k in rivals):
             return False
         around = [
             self._new(looks, k) for k in range(max(i - 3, 1), min(i + 4, len(looks))) if k != i
@@ -168,7 +170,8 @@ class ShotFinder:
         back = [k for k in looks[i + 1 :] if k.number - here.number < _FLASH]
         gone = [k for k in looks[: i - 1] if here.number - k.number <= _FLASH]
         pairs = [(looks[i - 1], k) for k in back] + [(k, here) for k in gone]
-        return all(changed(a.grey, b.grey) > 0.5 * new for a, b in pairs)
+        alike = [(a, b) for a, b in pairs if np.abs(a.grey - b.grey).mean() < 0.8 * here.step]
+        return all(changed(a.grey, b.grey) > 0.5 * new for a, b in alike)
 
     def _add_cut(self, looks: list[Look], i: int) -> None:
         """Of cuts that only restless frames lie between, one is real: the strongest."""
@@ -272,8 +275,10 @@ def _unexplained(a: np.ndarray, b: np.ndarray) -> float:
     padded = np.pad(b, ((down, down), (across, across)), mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width))
     off = np.abs(windows[::2, ::2] - a)
-    blocks = off.reshape(*off.shape[:2], height // 4, 4, width // 4, 4).mean((3, 5))
-    best = blocks.min((0, 1))
+    # Sums over 4 × 4 by slices: many times faster than a mean over two short axes.
+    off = off[:, :, ::4] + off[:, :, 1::4] + off[:, :, 2::4] + off[:, :, 3::4]
+    off = off[..., ::4] + off[..., 1::4] + off[..., 2::4] + off[..., 3::4]
+    best = off.min((0, 1)) / 16
     tiles = a.reshape(height // 4, 4, width // 4, 4)
     contrast = np.abs(tiles - tiles.mean((1, 3), keepdims=True)).mean((1, 3))
     # A flat block has no contrast of its own: its level must be found again. Dark pictures differ
