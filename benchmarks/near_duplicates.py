@@ -326,8 +326,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--counts", type=int, nargs="*", default=list(COUNTS))
     parser.add_argument("--out", type=Path, default=project_root() / RESULTS)
     given = parser.parse_args()
-    if given.scenes < 4 or min(given.counts, default=1000) < 1000:
-        parser.error("need four scenes or more, and a thousand hashes or more")
+    if given.scenes < 4 or given.variants < 2 or min(given.counts, default=10_000) < 10_000:
+        parser.error(
+            "need four scenes, two pictures with variants and ten thousand hashes, or more"
+        )
     return given
 
 

@@ -26,7 +26,7 @@ _HELD = 192  # pixels a side, at most, of pictures held for comparing
 _GREY = 96  # pixels a side, at most, of the grey levels that are laid on each other
 _SIZE = 128  # pixels a side that two pictures are compared at
 _MARK = 0.2  # share of the side that a mark in a corner may take
-_MISFIT = 0.5  # share of the contrast above which two pictures are not compared further
+_MISFIT = 0.45  # share of the contrast above which two pictures are not compared further
 _BATCH = 16  # pairs whose features are computed together
 # Where a search for the common window begins: the whole, and a crop of 5 % at each corner, of
 # either picture.
@@ -254,19 +254,20 @@ def _lay(a: _Held, b: _Held) -> _Laid | None:
     if a.mean > b.mean:
         a, b = b, a  # a brighter copy may be clipped at white, so the darker one is brightened
     best = min((_Fit(start) for start in _STARTS), key=lambda fit: fit.misfit(a.grey, b.grey, 24))
-    for size in (24, 24, 24, 48, 48, 48):
-        best = best.improved(a.grey, b.grey, size)
-    if not best.plausible() or best.misfit(a.grey, b.grey, 48) > _MISFIT:
-        return None
-    # Half the pixels of the larger are beyond compression's reach, those of the smaller are all
-    # there is.
+    for size in (24, 48):
+        for _ in range(3):
+            best = best.improved(a.grey, b.grey, size)
+        if not best.plausible() or best.misfit(a.grey, b.grey, size) > _MISFIT:
+            return None
+    # Compression spoils what is finer than half the larger's pixels; the smaller has no more than
+    # its own. Below 32 px there is too little to tell pictures apart by.
     larger, smaller = max(a.side, b.side), min(a.side, b.side)
-    detail = min(larger // 2, smaller, _SIZE)
+    detail = min(max(larger // 2, 32), smaller, _SIZE)
     box_a, box_b = best.boxes()
     return _Laid(
         _enlarged(best.brightened(_cut(a.colour, box_a, detail))),
         _enlarged(_cut(b.colour, box_b, detail)),
-        max(1.0, (256 / larger) ** 0.5),
+        min(max(1.0, (256 / larger) ** 0.5), 2.0),
     )
 
 
