@@ -71,7 +71,7 @@ def unpacked(path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def gathered(out: Path, **arguments: Any) -> collect.Collection:
-    return collect.collect_command(out, short_side=32, **arguments)
+    return collect.collect_command(out, short_side=32, smallest=8, **arguments)
 
 
 # ---- what must not be written --------------------------------------------------------------------

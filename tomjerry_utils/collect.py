@@ -134,8 +134,15 @@ def ensure(profile: Profile) -> Collection:
     with stage.lock():
         if not stage.finished:
             log(f"{NAME}: collecting {', '.join(settings.sources)} into {stage.folder}")
+            options = Options(
+                stage.folder / WORK,
+                every_s=settings.clip_every_s,
+                size=profile.image_size,
+                per_class=settings.per_class,
+                neither=settings.neither,
+            )
             found = collect(
-                lambda: _profile_batches(profile, stage.folder / WORK),
+                lambda: _profile_batches(profile, options),
                 stage.folder,
                 _curation(profile),
             )
@@ -285,16 +292,9 @@ def gallery(collection: Collection, per_row: int, *, seed: int = 0) -> list[tupl
 # ---- what a profile names ------------------------------------------------------------------------
 
 
-def _profile_batches(profile: Profile, work: Path) -> Iterator[Batch]:
+def _profile_batches(profile: Profile, options: Options) -> Iterator[Batch]:
     settings = profile.collect
     raw = data_root() / "raw"
-    options = Options(
-        work,
-        every_s=settings.clip_every_s,
-        size=profile.image_size,
-        per_class=settings.per_class,
-        neither=settings.neither,
-    )
     for name in settings.sources:
         if name == "scenes":
             yield from src.scene_source("", options)

@@ -109,6 +109,8 @@ def _collect(batches: Callable[[], Iterable[Batch]], out: Path, how: Curation) -
     for folder in (out / WORK).iterdir():
         if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
+    if not any((out / WORK).iterdir()):
+        (out / WORK).rmdir()
     return found
 
 

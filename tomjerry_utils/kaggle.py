@@ -56,7 +56,9 @@ def kaggle_source(where: str, options: Options) -> Iterator[Batch]:
         UserError: cannot be downloaded, or in none of the layouts of `photo_sets`.
     """
     local = Path(where).is_dir()
-    folder = Path(where) if local else download(where)
+    if not local and where not in options.fetched:
+        options.fetched[where] = download(where)
+    folder = Path(where) if local else options.fetched[where]
     known = next((k for k in KNOWN if not local and _owner_and_name(where) == k.slug), None)
     layout = photo_sets.layout_of(folder)
     expected = [known.layout] if known else list(photo_sets.LAYOUTS)

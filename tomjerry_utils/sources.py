@@ -69,6 +69,8 @@ class Options:
         per_class: generated scenes per class and domain.
         neither: "drop" or "background": what becomes of frames with neither character.
         rights: what the data sheet says of these pictures' licence.
+        fetched: where what was fetched lies, so that a collection that goes through its sources
+            twice sees the same both times.
     """
 
     work: Path
@@ -79,6 +81,7 @@ class Options:
     per_class: int = 0
     neither: str = "drop"
     rights: str = "not stated by the source: find out before sharing"
+    fetched: dict[str, Path] = field(default_factory=dict, compare=False)
 
 
 @dataclass

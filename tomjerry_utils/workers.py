@@ -65,7 +65,8 @@ class Workers:
         except BrokenProcessPool:
             raise UserError(
                 "a process that reads pictures was ended from outside, perhaps for want of memory: "
-                "free some and run the same command again, it goes on"
+                "free some and run the same command again, it goes on (in a script of your own, "
+                "call from under `if __name__ == '__main__':`)"
             ) from None
 
 
