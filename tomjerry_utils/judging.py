@@ -162,7 +162,10 @@ class _Judged:
             self._screened[i] = True
             short = min(seen.measures["width"], seen.measures["height"])
             self._worth[i] = min(short, self._how.short_side) / (1 + seen.measures["blur"])
-            against = screens.judge(*_split(seen.measures), row["domain"], self._how.limits)
+            # What a film's frames are its source knows; cartoons in three dimensions, lit and with
+            # depth of field, pass for photographs.
+            asked = "" if row["frame"] is not None else row["domain"]
+            against = screens.judge(*_split(seen.measures), asked, self._how.limits)
             reason = against[0][0] if against else ""
         else:
             reason = ""
