@@ -208,9 +208,11 @@ def _border(seen: np.ndarray) -> int:
     if not 1 <= depth <= _DEEPEST * len(moved):
         return 0
     # The picture begins at once, along a straight line: else it was only dark there. All of the
-    # line moves, or all of it is brighter than the border at any time.
-    for row in range(depth, min(depth + 3, len(moved))):
-        brighter = low[row] - high[max(depth - 2, 0)] > 16
-        if share[row] >= 0.6 or brighter.mean() >= 0.9:
-            return row + 1  # the first row of the picture is mixed with the border
-    return 0
+    # line moves, or all of it is brighter than the border at any time. Compression smears into the
+    # border: the picture begins at the largest step.
+    level = high[depth - 1 : depth + 5].mean(1, dtype=np.float32)
+    row = depth + int(np.argmax(np.abs(np.diff(level)))) if len(level) > 1 else depth
+    brighter = low[row] - high[max(depth - 2, 0)] > 16
+    if share[row] < 0.6 and brighter.mean() < 0.9:
+        return 0
+    return row + 1  # the first row of the picture is mixed with the border
