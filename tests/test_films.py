@@ -283,3 +283,11 @@ def test_clip_file_is_named_by_its_shots() -> None:
     assert not [reason for _, reason in found.choose(0.5) if reason]
     with pytest.raises(UserError, match="check the path"):
         films.open_film(Path("nowhere.mp4"))
+
+
+def test_bars_over_a_pale_sky_are_cut_off(tmp_path: Path) -> None:
+    frames = [boxed(f, 0.12) for f in [*shot(4, 30), *shot(3, 30), *shot(1, 30), *shot(0, 18)]]
+    top, bottom, left, right = films.open_film(write(tmp_path / "film.mp4", frames)).borders
+    assert 11 <= top <= 14
+    assert 11 <= bottom <= 14
+    assert (left, right) == (0, 0)

@@ -189,20 +189,30 @@ class Borders:
         moved = self._high.astype(np.int16) - self._low > _STATIC
         if moved.mean() < 0.2:
             return 0, 0, 0, 0  # too little happens to tell a border from a still background
-        top, bottom = self._depth(moved), self._depth(moved[::-1])
-        inner = moved[top : len(moved) - bottom].T
-        return top, bottom, self._depth(inner), self._depth(inner[::-1])
+        seen = np.stack([moved, self._low, self._high])
+        top, bottom = _border(seen), _border(seen[:, ::-1])
+        inner = seen[:, top : len(moved) - bottom].transpose(0, 2, 1)
+        return top, bottom, _border(inner), _border(inner[:, ::-1])
 
-    @staticmethod
-    def _depth(moved: np.ndarray) -> int:
-        share = moved.mean(1)
-        still = share <= 0.02
-        depth = int(np.argmin(still)) if not still.all() else 0
-        if not 1 <= depth <= _DEEPEST * len(moved):
-            return 0
-        # The picture begins at once, along a straight line: else it was only dark there.
-        ahead = share[depth : depth + 3]
-        if float(ahead.max()) < 0.6:
-            return 0
-        # The first rows of the picture are mixed with the border by scaling and compression.
-        return depth + 1 + int(np.argmax(ahead >= 0.6))
+
+def _border(seen: np.ndarray) -> int:
+    """Rows of border before the first row of picture.
+
+    Args:
+        seen: (3, H, W): whether each pixel moved, its lowest and its highest level.
+    """
+    moved, low, high = seen
+    share = moved.mean(1)
+    still = share <= 0.02
+    depth = int(np.argmin(still)) if not still.all() else 0
+    if not 1 <= depth <= _DEEPEST * len(moved):
+        return 0
+    # The picture begins at once, along a straight line: else it was only dark there. All of the
+    # line moves, or all of it is brighter than the border at any time. Compression smears into the
+    # border: the picture begins at the largest step.
+    level = high[depth - 1 : depth + 5].mean(1, dtype=np.float32)
+    row = depth + int(np.argmax(np.abs(np.diff(level)))) if len(level) > 1 else depth
+    brighter = low[row] - high[max(depth - 2, 0)] > 16
+    if share[row] < 0.6 and brighter.mean() < 0.9:
+        return 0
+    return row + 1  # the first row of the picture is mixed with the border
