@@ -71,7 +71,7 @@ def unpacked(path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def gathered(out: Path, **arguments: Any) -> collect.Collection:
-    return collect.collect_command(out, short_side=32, smallest=8, **arguments)
+    return collect.collect_command(out, short_side=32, screen=False, **arguments)
 
 
 # ---- what must not be written --------------------------------------------------------------------
@@ -433,7 +433,9 @@ def test_the_length_of_a_table_of_contents_in_both_kinds(
 
 def test_an_interrupted_unpacking_is_begun_anew(tmp_path: Path) -> None:
     path = pack(tmp_path / "pack.tar", [(f"cat/{i}.png", picture(i)) for i in range(9)])
-    arguments = f"Path({str(tmp_path / 'out')!r}), archives=[{str(path)!r}], domain='natural'"
+    arguments = (
+        f"Path({str(tmp_path / 'out')!r}), archives=[{str(path)!r}], domain='natural', screen=False"
+    )
     call = (
         "import os, signal\n"
         "from pathlib import Path\n"

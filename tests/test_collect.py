@@ -142,8 +142,12 @@ def test_stage_collects_scenes_starter_and_clip(smoke: collect.Collection) -> No
         )
     starter = smoke.select(source="starter")
     assert {row["role"] for row in starter} == {"out_of_domain"}
-    assert len(starter) == 152
-    assert not [row for row in smoke.rows if row["source"] == "starter" and not row["kept"]]
+    dropped = [row for row in smoke.rows if row["source"] == "starter" and not row["kept"]]
+    assert len(starter) + len(dropped) == 152
+    # Some vendors drew the same emoji twice.
+    assert 0 < len(dropped) < 10
+    kinds = {judging.kind_of(row["reason"]) for row in dropped}
+    assert kinds <= {"near duplicate", "text or watermark"}
     assert {row["class"] for row in starter} == {"tom", "jerry", ""}
     assert all(row["rights"] for row in starter)
     clip = smoke.select(source="clip")
@@ -307,7 +311,7 @@ def test_command_mistakes_are_one_line(tmp_path: Path) -> None:
 def test_second_call_redoes_only_what_changed(tmp_path: Path) -> None:
     for i in range(4):
         save(tmp_path / "in" / "cat" / f"{i}.png", picture(i))
-    arguments = {"folders": [str(tmp_path / "in")], "domain": "natural"}
+    arguments = {"folders": [str(tmp_path / "in")], "domain": "natural", "screen": False}
     first = command(tmp_path / "out", **arguments)
     written = {row["file_name"]: first.path(row).stat().st_mtime_ns for row in first.rows}
     manifest = (tmp_path / "out" / "manifest.jsonl").read_bytes()

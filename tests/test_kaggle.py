@@ -69,7 +69,7 @@ def write(root: Path, files: Files) -> Path:
 
 
 def gathered(out: Path, *where: str) -> collect.Collection:
-    return collect.collect_command(out, kaggle=where, short_side=32, smallest=8)
+    return collect.collect_command(out, kaggle=where, short_side=32, screen=False)
 
 
 # ---- by folder -----------------------------------------------------------------------------------

@@ -81,6 +81,11 @@ def add(commands: Any) -> None:
         help="decisions by hand (keep, drop, class), as the gallery of notebook 01 writes them",
     )
     added.add_argument(
+        "--no-screens",
+        action="store_true",
+        help="keep what is small, blurred, written on or of the other domain: chosen before",
+    )
+    added.add_argument(
         "--review",
         action="store_true",
         help="write a page, OUT/review.html, to look at all of it and make such decisions",
@@ -129,6 +134,7 @@ def _collect(arguments: argparse.Namespace) -> None:
         every_s=arguments.every,
         short_side=arguments.short_side,
         validation_fraction=arguments.validation,
+        screen=not arguments.no_screens,
         smallest=arguments.smallest,
         per_class=arguments.per_class,
         neither=arguments.neither,

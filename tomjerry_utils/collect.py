@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -105,7 +105,7 @@ class Collection:
             out[i] = load_image(self.folder / row["file_name"], edge)
         return out
 
-    def thumb(self, row: Row) -> np.ndarray:
+    def thumb(self, row: Mapping[str, Any]) -> np.ndarray:
         """A small picture of any row that could be read, dropped or not: (h, w, 3) uint8."""
         if row["kept"]:
             return load_image(self.path(row))
@@ -115,7 +115,7 @@ class Collection:
             raise KeyError(f"no picture of {row['origin']} was kept: {row['reason']}")
         return small
 
-    def path(self, row: Row) -> Path:
+    def path(self, row: Mapping[str, Any]) -> Path:
         """Where the picture of a row lies."""
         return self.folder / str(row["file_name"])
 
@@ -188,6 +188,7 @@ def collect_command(
     every_s: float = 1.0,
     short_side: int = 512,
     validation_fraction: float = 0.1,
+    screen: bool = True,
     smallest: int = 64,
     per_class: int = 0,
     neither: str = "drop",
@@ -209,7 +210,8 @@ def collect_command(
         domain: "cartoon" or "natural" for all of them; "" tells by folder names.
         every_s: seconds between two frames of a shot.
         short_side: larger pictures are reduced to this.
-        smallest: px, the short side below which a picture is dropped.
+        screen: whether pictures must pass the screens, or were chosen with care before.
+        smallest: px, the short side below which the screens drop a picture.
         per_class: pictures of a class and domain at most; 0 for all.
         neither: "drop" or keep as "background" the frames that show neither character.
         precision: of the classes that a probe tells, on pictures held out; above 1, none are told.
@@ -239,7 +241,7 @@ def collect_command(
         short_side=short_side,
         validation_fraction=validation_fraction,
         per_class=per_class,
-        limits=screens.Limits(short_side=smallest),
+        limits=screens.Limits(short_side=smallest) if screen else None,
         precision=precision,
         composites=composites,
         decisions=_decisions(decisions),

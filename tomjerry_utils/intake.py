@@ -140,7 +140,9 @@ def _look(source: np.ndarray | UserError | Path, target: str, short_side: int) -
     if target:
         write(Path(target), content)
         return Seen("", sha256, None, hashes, there=True)
-    small = image.resize(_short(image.size, THUMB), Image.Resampling.LANCZOS)
+    # A strip that is longer than a JPEG may be is shown as another shape.
+    width, height = (min(side, 8 * THUMB) for side in _short(image.size, THUMB))
+    small = image.resize((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=90)
     # One picture at a time: in a batch of others the last digits could differ.

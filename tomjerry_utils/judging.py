@@ -40,7 +40,7 @@ class Curation:
         short_side: px; larger pictures are reduced to this, none is enlarged.
         validation_fraction: share of the groups.
         per_class: pictures of a class and domain at most; 0 for all.
-        limits: of the screens.
+        limits: of the screens; None for pictures that have been chosen with care before.
         precision: of the classes that a probe tells, on pictures held out; above 1, none are told.
         classes: those wanted; pictures of others are dropped.
         composites: photographs of the class `both` that there should be: what is missing is made of
@@ -51,7 +51,7 @@ class Curation:
     short_side: int
     validation_fraction: float
     per_class: int = 0
-    limits: screens.Limits = field(default_factory=screens.Limits)
+    limits: screens.Limits | None = field(default_factory=screens.Limits)
     precision: float = 2.0
     classes: tuple[str, ...] = CLASSES
     composites: int = 0
@@ -162,11 +162,7 @@ class _Judged:
             self._screened[i] = True
             short = min(seen.measures["width"], seen.measures["height"])
             self._worth[i] = min(short, self._how.short_side) / (1 + seen.measures["blur"])
-            # What a film's frames are its source knows; cartoons in three dimensions, lit and with
-            # depth of field, pass for photographs.
-            asked = "" if row["frame"] is not None else row["domain"]
-            against = screens.judge(*_split(seen.measures), asked, self._how.limits)
-            reason = against[0][0] if against else ""
+            reason = self._screened_out(row, seen.measures)
         else:
             reason = ""
         decision = self._by_hand.get(seen.sha256)
@@ -180,6 +176,15 @@ class _Judged:
             self._extra[i]["labelled_by"] = "hand"
         self._forced[i] = decision.decision == "keep"
         return self._unwanted(i) or ("" if self._forced[i] else reason)
+
+    def _screened_out(self, row: Row, told: Mapping[str, float]) -> str:
+        if self._how.limits is None:
+            return ""
+        # What a film's frames are its source knows; cartoons in three dimensions, lit and with
+        # depth of field, pass for photographs.
+        domain = "" if row["frame"] is not None else row["domain"]
+        against = screens.judge(*_split(told), domain, self._how.limits)
+        return against[0][0] if against else ""
 
     def _unwanted(self, i: int) -> str:
         if self._class[i] and self._class[i] not in self._how.classes:
