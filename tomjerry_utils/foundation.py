@@ -544,6 +544,10 @@ def make_screens() -> Path:
 
     from tomjerry_utils import screens, screens_training
 
+    def save(folder: Path) -> None:
+        save_file(weights, folder / screens.WEIGHTS)
+        (folder / screens.WEIGHTS).chmod(0o644)
+
     work = _work("screens")
     begun = time.perf_counter()
     weights, result, facts = screens_training.teach(
@@ -551,7 +555,7 @@ def make_screens() -> Path:
     )
     return _ship(
         "screens",
-        lambda folder: save_file(weights, folder / screens.WEIGHTS),
+        save,
         seconds=time.perf_counter() - begun,
         history=result.history,
         licence="MIT, the weights; of what they saw only packages' names ship, see trained_on",

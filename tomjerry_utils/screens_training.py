@@ -191,7 +191,7 @@ def test(
 ) -> dict[str, dict[str, Any]]:
     """Scores on held-out pictures, and what the default limits do to them.
 
-    Blur and letters are put on by the test itself, in fonts that no training saw.
+    Letters are put on by the test itself, in fonts that no training saw.
     """
     held = [m for m in materials if m.held_out]
     if len({m.photo for m in held}) < 2:
@@ -229,7 +229,6 @@ def test(
         written = [overlay(image, kind, rng, HELD_OUT_FONTS)[0] for image in images]
         share = scored(written, weights)[1]
         out["text, written pictures refused"][kind] = _round(np.mean(share > limits.text))
-    out["refused as blurred"] = blurred(held, limits)
     return out
 
 
