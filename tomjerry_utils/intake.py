@@ -24,7 +24,7 @@ from tomjerry_utils.runs import hash_file
 from tomjerry_utils.sources import Batch, Row, one_line
 from tomjerry_utils.workers import Workers
 
-THUMB = 128  # px, the short side of a thumbnail
+THUMB = 256  # px, the short side of a thumbnail; below, two drawings of one animal look the same
 _PART = 8  # files a worker is given at a time
 
 
@@ -141,7 +141,7 @@ def _look(source: np.ndarray | UserError | Path, target: str, short_side: int) -
         write(Path(target), content)
         return Seen("", sha256, None, hashes, there=True)
     # A strip that is longer than a JPEG may be is shown as another shape.
-    width, height = (min(side, 8 * THUMB) for side in _short(image.size, THUMB))
+    width, height = (min(side, 4 * THUMB) for side in _short(image.size, THUMB))
     small = image.resize((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=90)
