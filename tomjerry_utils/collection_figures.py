@@ -53,62 +53,41 @@ def funnel(rows: Sequence[Row]) -> tuple[Figure, dict[str, dict[str, int]]]:
             count -= sum(dropped[source][kind] for kind in kinds)
             left[source][step] = count
         left[source]["kept"] = met[source] - dropped[source].total()
+    reasons = Counter[str]()
+    for counts in dropped.values():
+        reasons.update(counts)
+    names = [kind for kind, _ in reasons.most_common()]
     with mpl.rc_context(canvas.style()):
-        figure = Figure(figsize=(9.5, 0.9 + 0.62 * len(met)), layout="constrained")
-        axes = figure.subplots(1, 2, width_ratios=(1.15, 1))
-        _draw_steps(axes[0], left)
-        _draw_reasons(axes[1], dropped, list(left))
+        height = 1.0 + 0.3 * max(len(STEPS), len(names))
+        figure = Figure(figsize=(9.5, height + 0.3 * (len(met) > 1)), layout="constrained")
+        steps, why = figure.subplots(1, 2)
+        _stack(steps, list(STEPS), {name: [by[s] for s in STEPS] for name, by in left.items()})
+        steps.set_title("pictures left")
+        _stack(why, names, {name: [dropped[name][kind] for kind in names] for name in left})
+        why.set_title("dropped, by reason")
+        if not names:
+            why.text(0.5, 0.5, "nothing was dropped", ha="center", transform=why.transAxes)
+            why.set_axis_off()
+        if len(met) > 1:
+            figure.legend(*steps.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure, left
 
 
-def _draw_steps(axes: mpl.axes.Axes, left: Mapping[str, Mapping[str, int]]) -> None:
-    tones = np.linspace(0.25, 1.0, len(STEPS))
-    for at, (_, steps) in enumerate(left.items()):
-        whole = max(steps["met"], 1)
-        for k, (step, tone) in enumerate(zip(STEPS, tones, strict=True)):
-            y = at + 0.36 - 0.18 * k
-            axes.barh(
-                y,
-                steps[step] / whole,
-                0.16,
-                color=canvas.BLUE,
-                alpha=tone,
-                label=step if not at else None,
-            )
-            axes.text(steps[step] / whole + 0.01, y, f"{steps[step]}", va="center", fontsize=7)
-    axes.set_yticks(range(len(left)), list(left))
-    axes.set_xlim(0, 1.15)
-    axes.set_xticks([0, 0.5, 1], ["0", "half", "all"])
-    axes.invert_yaxis()
-    axes.grid(False)
-    axes.set_title("pictures left, by step")
-    axes.legend(fontsize=7, loc="lower right", frameon=True)
-
-
-def _draw_reasons(
-    axes: mpl.axes.Axes, dropped: Mapping[str, Counter[str]], sources: Sequence[str]
+def _stack(
+    axes: mpl.axes.Axes, names: Sequence[str], by_source: Mapping[str, Sequence[int]]
 ) -> None:
-    kinds = Counter[str]()
-    for counts in dropped.values():
-        kinds.update(counts)
-    names = [kind for kind, _ in kinds.most_common()]
+    """A bar for each name, of parts for each source, with its sum."""
     start = np.zeros(len(names))
-    colors = (canvas.BLUE, canvas.ORANGE, canvas.GREEN, canvas.VERMILLION, canvas.MUTED)
-    for at, source in enumerate(sources):
-        values = np.array([dropped[source][kind] for kind in names], float)
-        if values.any():
-            axes.barh(names, values, 0.6, left=start, color=colors[at % len(colors)], label=source)
-            start += values
+    for at, (source, counts) in enumerate(by_source.items()):
+        color = canvas.COLORS[at % len(canvas.COLORS)]
+        axes.barh(names, counts, 0.66, left=start, color=color, label=source)
+        start += counts
     for y, total in enumerate(start):
-        axes.text(total, y, f" {total:.0f}", va="center", fontsize=8)
+        axes.text(total, y, f" {total:.0f}", va="center", fontsize=9)
+    axes.set_xlim(0, 1.12 * max(start.max(initial=0.0), 1.0))
     axes.invert_yaxis()
     axes.grid(False)
-    axes.set_title("dropped, by reason")
-    if names:
-        axes.set_xlim(0, 1.12 * start.max())
-        axes.legend(fontsize=7, loc="lower right")
-    else:
-        axes.text(0.5, 0.5, "nothing was dropped", ha="center", transform=axes.transAxes)
+    axes.tick_params(axis="y", length=0)
 
 
 def domain_gap(

@@ -24,6 +24,7 @@ from tomjerry_utils.runs import hash_file
 from tomjerry_utils.sources import Batch, Row, one_line
 from tomjerry_utils.workers import Workers
 
+VERSION = 1  # of what is noted of a picture
 THUMB = 256  # px, the short side of a thumbnail; below, two drawings of one animal look the same
 _PART = 8  # files a worker is given at a time
 
@@ -76,7 +77,7 @@ def take_in(
 
 def key_of(row: Row, short_side: int) -> str:
     """Changes when the picture behind a row does, or what is made of it."""
-    return f"{row['source']} {row['_key']} {short_side}"
+    return f"{VERSION} {row['source']} {row['_key']} {short_side}"
 
 
 def _known(journal: Journal, out: Path, row: Row, sure: bool, short_side: int) -> bool:
