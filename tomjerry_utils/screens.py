@@ -79,7 +79,7 @@ class Scores:
 class Limits:
     """Where `judge` refuses.
 
-    Chosen on one half of the held-out pictures and checked on the other. Blur: at 1.75 px none of
+    Chosen on one half of real pictures and checked on the other. Blur: at 1.75 px none of
     177 photographs and 153 drawings was refused as it is; blurred by 3 px, 85 % of the photographs
     and 90 % of the drawings. Text: at 7 %, 13 % of the other half's photographs (39, some with
     lettering) and 82 % of the subtitles, but 15 % of small marks in a corner. Photograph or
