@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from tomjerry_utils import UserError, scenes, screens
+from tomjerry_utils import UserError, lettering, scenes, screens
 from tomjerry_utils import screens_material as material
 from tomjerry_utils.foundation import MAKERS
 from tomjerry_utils.images import load_image
@@ -75,7 +75,7 @@ def test_grain_does_not_make_a_blurred_picture_sharp(chelsea: np.ndarray) -> Non
 
 def test_a_subtitle_does_not_make_a_blurred_picture_sharp(chelsea: np.ndarray) -> None:
     rng = np.random.default_rng(1)
-    written, _ = material.overlay(soften(chelsea, 4 / screens.SIZE), "subtitle", rng)
+    written, _ = lettering.overlay(soften(chelsea, 4 / screens.SIZE), "subtitle", rng)
     assert measure(written).blur > Limits().blur
 
 
@@ -185,7 +185,7 @@ def test_generated_scenes_are_of_their_kind(size: int) -> None:
 def test_letters_are_found_where_they_are(chelsea: np.ndarray) -> None:
     clean = screens.to_size(chelsea)
     rng = np.random.default_rng(3)
-    written, mask = material.overlay(clean, "card", rng, material.HELD_OUT_FONTS)
+    written, mask = lettering.overlay(clean, "card", rng, lettering.HELD_OUT_FONTS)
     (before, after), _ = screens.score([clean, written])
     assert before.text <= Limits().text < after.text
     with torch.no_grad():
@@ -224,11 +224,11 @@ def test_missing_probes_are_named(tmp_path: Path) -> None:
 # ---- what they learn from ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", material.KINDS)
+@pytest.mark.parametrize("kind", lettering.KINDS)
 def test_letters_are_written_where_the_mask_says(kind: str) -> None:
     image = np.full((256, 256, 3), 120, np.uint8)
-    written, mask = material.overlay(image, kind, np.random.default_rng(5))
-    again, _ = material.overlay(image, kind, np.random.default_rng(5))
+    written, mask = lettering.overlay(image, kind, np.random.default_rng(5))
+    again, _ = lettering.overlay(image, kind, np.random.default_rng(5))
     assert (written == again).all()
     changed = (written != image).any(-1)
     assert changed.any() and mask.max() > 0.9

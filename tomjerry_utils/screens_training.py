@@ -2,7 +2,7 @@
 
 Whether a picture is a photograph: a :mod:`class_probe` on the network's features, its folds whole
 pictures. Where letters lie: a small net on each place's features, taught by letters that
-:mod:`screens_material` writes itself, so it knows where they are.
+:mod:`lettering` writes itself, so it knows where they are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from tomjerry_utils import UserError, class_probe
+from tomjerry_utils.lettering import HELD_OUT_FONTS, KINDS, TRAIN_FONTS, overlay
 from tomjerry_utils.progress import progress
 from tomjerry_utils.screens import (
     SIZE,
@@ -28,16 +29,7 @@ from tomjerry_utils.screens import (
     measure,
     text_share,
 )
-from tomjerry_utils.screens_material import (
-    HELD_OUT_FONTS,
-    KINDS,
-    TRAIN_FONTS,
-    Material,
-    drawn_scenes,
-    gather,
-    overlay,
-    view,
-)
+from tomjerry_utils.screens_material import Material, drawn_scenes, gather, view
 from tomjerry_utils.training import TrainResult, train
 
 CELL = 8  # px of a picture per place of the text probe
@@ -202,7 +194,8 @@ def test(
     real = np.array(["scenes" not in m.source for m in held])
     is_photo = np.array([m.photo for m in held])
     limits = Limits()
-    out: dict[str, dict[str, Any]] = {}
+    names = ("text", "photo_at_least", "photo_at_most")
+    out: dict[str, dict[str, Any]] = {"limits": {name: getattr(limits, name) for name in names}}
     for name, part in (("real", real), ("scenes", ~real)):
         a, b = photo[part & is_photo], photo[part & ~is_photo]
         out[f"photo probe, {name}"] = {
