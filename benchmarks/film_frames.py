@@ -154,7 +154,8 @@ def enlarged(path: Path, height: int) -> Path:
         frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC")
         for _, frame in films.read_frames(CLIP)
     ]
-    return write(path, [frame.to_ndarray() for frame in frames], options={"crf": "20", "preset": "fast"})
+    options = {"crf": "20", "preset": "fast"}
+    return write(path, [frame.to_ndarray() for frame in frames], options=options)
 
 
 def main() -> None:

@@ -200,6 +200,45 @@ def test_balance_spreads_over_groups(tmp_path: Path) -> None:
     assert reasons == {"over the 6 asked for of this class and domain"}
 
 
+def test_composites_fill_up_what_shows_both(tmp_path: Path) -> None:
+    """Photographs of one animal each, with mask files, give pictures of two, kept on their side."""
+    home = tmp_path / "in"
+    for at, name in enumerate(("cat", "mouse")):
+        for i in range(10):
+            scene = next(
+                found
+                for seed in range(9_400_000 + 1000 * at + 50 * i, 9_500_000)
+                if (found := scenes.describe(seed)).cls == ("tom", "jerry")[at]
+                and found.action in ("sit", "stand")
+            )
+            made = scenes.render(scene, "natural", 160, truth=True)
+            save(home / name / f"{name} {LETTERS[i]}.png", made.image)
+            mask = np.where(made.mask > 0, 255, 0).astype(np.uint8)
+            save(home / name / "masks" / f"{name} {LETTERS[i]}.png", mask)
+    arguments = {"folders": [str(home)], "domain": "natural", "composites": 6, "screen": False}
+    out = tmp_path / "out"
+    made = collect.collect_command(out, validation_fraction=0.4, **arguments)
+    assert len([row for row in made.rows if row["source"] == "folder"]) == 20
+    both = made.select(cls="both")
+    assert 0 < len(both) <= 6
+    sides = {row["file_name"]: row["split"] for row in made.rows}
+    for row in both:
+        parents = [name for name in sides if name in row["origin"]]
+        assert len(parents) == 2
+        assert {sides[name] for name in parents} == {row["split"]}
+        assert hash_file(made.path(row)) == row["sha256"]
+        assert row["labelled_by"] == row["source"] == "composites"
+    assert "composites" in (out / "DATASHEET.md").read_text()
+    before = {row["file_name"]: made.path(row).stat().st_mtime_ns for row in both}
+    manifest = (out / "manifest.jsonl").read_bytes()
+    again = collect.collect_command(out, validation_fraction=0.4, **arguments)
+    assert (out / "manifest.jsonl").read_bytes() == manifest
+    assert {r["file_name"]: again.path(r).stat().st_mtime_ns for r in both} == before
+    without = collect.collect_command(out, validation_fraction=0.4, **arguments | {"composites": 0})
+    assert not without.select(cls="both")
+    assert not list((out / "images").rglob("composite-*"))
+
+
 def test_a_probe_labels_what_nobody_labelled(tmp_path: Path) -> None:
     for at, name in enumerate(("cat", "mouse")):
         for i in range(16):

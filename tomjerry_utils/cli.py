@@ -400,7 +400,8 @@ def _parser() -> argparse.ArgumentParser:
         "model",
         nargs="*",
         metavar="MODEL",
-        help="autoencoder, denoiser, blip, structure, judges or translator; none: list them",
+        help="autoencoder, denoiser, blip, structure, posture, judges, screens or translator; "
+        "none: list them",
     )
 
     added = command(

@@ -147,7 +147,7 @@ def _collect(arguments: argparse.Namespace) -> None:
 
         by_hand = picture_review.read_decisions(arguments.decisions) if arguments.decisions else {}
         page = made.folder / "review.html"
-        print(picture_page.write_page(page, made.rows, made.thumb, by_hand, score="photo"))
+        print(picture_page.write_page(page, made.rows, made.thumb, by_hand))
     print(f"see {made.folder / curate.DATASHEET} and {made.folder / curate.MANIFEST}")
 
 

@@ -244,6 +244,7 @@ def collect_command(
         limits=screens.Limits(short_side=smallest) if screen else None,
         precision=precision,
         composites=composites,
+        originals=tuple(map(Path, folders)),
         decisions=_decisions(decisions),
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -348,6 +349,7 @@ def _curation(profile: Profile) -> Curation:
         precision=settings.label_precision,
         classes=tuple(c for c in scenes.CLASSES if c != "both" or settings.both != "none"),
         composites=settings.per_class if settings.both == "composites" else 0,
+        originals=tuple(data_root() / "raw" / style for style in scenes.STYLES),
         decisions=_decisions(settings.decisions),
     )
 

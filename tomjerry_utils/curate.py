@@ -200,7 +200,7 @@ def _add_composites(journal: Journal, out: Path, how: Curation) -> None:
     wanted = how.composites - sum(row["class"] == "both" for row in single)
     if wanted <= 0:
         return
-    ask = animal_masks.finder(out)
+    ask = animal_masks.finder(out, how.originals)
     rows = composites.make_composites(
         out,
         single,

@@ -24,7 +24,10 @@ from tomjerry_utils.runs import (
 
 GIB = 2**30
 # What ships; the course itself makes a translator, so that one may be missing.
-MODELS = ("autoencoder", "blip", "structure", "posture", "denoiser", "judges", "translator")
+MODELS = (
+    *("autoencoder", "blip", "structure", "posture", "denoiser", "judges", "translator"),
+    "screens",
+)
 SPARE = ("translator",)
 STAGES = ("01_collect", "02_captions", "03_blip", "04_ldm", "05_transfer", "06_compare")
 
@@ -195,11 +198,9 @@ def _keys() -> Iterator[Finding]:
         "ok" if openai else "note",
         "" if openai else "only needed to caption real pictures; the replay source needs none",
     )
-    named = os.environ.get("KAGGLE_API_TOKEN") or (
-        os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY")
-    )
-    home = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle")
-    kaggle = bool(named) or (home / "kaggle.json").is_file() or (home / "access_token").is_file()
+    from tomjerry_utils.kaggle import credentials
+
+    kaggle = bool(credentials())
     yield Finding(
         "Kaggle token",
         "set" if kaggle else "not set",

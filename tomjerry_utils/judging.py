@@ -45,6 +45,7 @@ class Curation:
         classes: those wanted; pictures of others are dropped.
         composites: photographs of the class `both` that there should be: what is missing is made of
             one cat and one mouse each.
+        originals: folders that were collected, where files with masks may lie for that.
         decisions: by hand; they overrule the screens, the duplicates and the balance.
     """
 
@@ -55,6 +56,7 @@ class Curation:
     precision: float = 2.0
     classes: tuple[str, ...] = CLASSES
     composites: int = 0
+    originals: tuple[Path, ...] = ()
     decisions: Sequence[Decision] = ()
 
 

@@ -27,8 +27,8 @@ Row = dict[str, Any]
 Loaded = np.ndarray | UserError
 
 IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif"),
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif", ".svg"),
 )
 SAME_SCENE = 64  # numbered files this close together count as one group
 BATCH = 32
@@ -351,7 +351,9 @@ def folder_source(where: str, options: Options, *, name: str = "folder") -> Iter
     folder = Path(where)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check the path")
-    paths = list_files(folder, IMAGE_SUFFIXES)
+    from tomjerry_utils.animal_masks import is_mask
+
+    paths = [path for path in list_files(folder, IMAGE_SUFFIXES) if not is_mask(path)]
     if not paths:
         raise UserError(f"{folder}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
     notes = _metadata(folder)

@@ -32,8 +32,8 @@
 #
 # | profile | time | memory | disk | cost |
 # |---|---|---|---|---|
-# | `smoke` | half a minute | 0.7 GB | 15 MB | nothing |
-# | `mini` | 1 minute on two cores | 0.8 GB | 40 MB | nothing |
+# | `smoke` | a minute | 1 GB | 30 MB | nothing |
+# | `mini` | 2 minutes on two cores | 1 GB | 60 MB | nothing |
 # | `colab`, `paper` | the downloads, then minutes (estimate) | 2 GB | 20 GB | nothing |
 #
 # **On the poster** this is *Data*: "acquiring 5000 images for each of the source/cartoon and
@@ -188,7 +188,7 @@ def mark(image: Image.Image) -> Image.Image:
 
 
 # %% [markdown]
-# Each drawing goes in as it is; most of them a second time in another guise, and some spoiled.
+# Each drawing goes in three times: as it is, in another guise, and spoiled.
 
 # %%
 copies = {
@@ -214,7 +214,7 @@ for number, path in enumerate(drawings):
         planted[f"cartoon/cat/{path.stem}, {kind}.jpg"] = (kind, kinds is copies)
         guise = kinds[kind](image)
         guise.save(soiled / "cartoon" / "cat" / f"{path.stem}, {kind}.jpg", quality=80)
-(soiled / "cartoon" / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 half a download")
+_ = (soiled / "cartoon" / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 half a download")
 
 # %% [markdown]
 # Two things decide about duplicates. A **perceptual hash** proposes: the signs of a picture's 64
@@ -243,7 +243,7 @@ saved = figures.save_figure(
     figure,
     "data_funnel",
     alt="Left: pictures left after each step of curation. Right: pictures dropped, by reason; near "
-    "duplicates lead.",
+    "duplicates lead, then blur, watermarks and size.",
     run=settings,
     notebook="01_data_collection",
     extra=left,
@@ -295,7 +295,7 @@ print(f"{len(caught)} of {len(is_copy)} planted copies found: recall {duplicate_
 
 # %%
 decisions = cleaned.folder / "decisions.jsonl"
-picture_gallery.review(cleaned.rows, cleaned.thumb, decisions, score="photo")
+picture_gallery.review(cleaned.rows, cleaned.thumb, decisions)
 
 # %% [markdown]
 # ## 4 · Splits that do not leak
@@ -310,8 +310,8 @@ picture_gallery.review(cleaned.rows, cleaned.thumb, decisions, score="photo")
 # \text{train} & \text{otherwise}\end{cases}$$
 #
 # No list of splits has to be kept, and a group stays on its side whatever is added later, unless a
-# near duplicate joins it to another. In code it's three lines, and the package gives the same answer
-# for every row:
+# near duplicate joins it to another. In code it's three lines, and the package gives the same
+# answer for every row:
 
 # %%
 fraction = settings.collect.validation_fraction
