@@ -569,11 +569,13 @@ def tomjerry(*arguments: str, cwd: Path, limit: int = 0) -> subprocess.Completed
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
+    # Coverage writes a file of its own at the end, which the limit would stop with a traceback.
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("COV_", "COVERAGE_"))}
     found_by = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "tomjerry_utils", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": found_by, "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**ours, "PYTHONPATH": found_by, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         timeout=120,  # what blocks, such as a pipe, must not block the tests

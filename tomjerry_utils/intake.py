@@ -185,7 +185,7 @@ def reduced(picture: np.ndarray, short_side: int) -> Image.Image:
 
 
 def _short(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    scale = short_side / min(size)
+    scale = min(1.0, short_side / min(size))  # none is enlarged
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 

@@ -162,8 +162,10 @@ saved = figures.save_figure(
 starter = data_root() / "starter"
 drawings = sorted((starter / "cartoon" / "cat").glob("*.png"))[::3]
 soiled = run_root(settings) / "lessons" / "soiled"
+print(f"{len(drawings)} drawings to soil")
 
 
+# %%
 def crop(image: Image.Image) -> Image.Image:
     """Without the outer twentieth."""
     w, h = image.size
