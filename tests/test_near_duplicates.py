@@ -25,11 +25,16 @@ def variants(image: np.ndarray) -> dict[str, np.ndarray]:
     height, width = image.shape[:2]
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=30)
+    half = Image.fromarray(image).resize((width // 2, height // 2))
+    small = io.BytesIO()
+    half.save(small, "JPEG", quality=80)
     marked = image.copy()
     marked[: height * 15 // 100, -(width * 15 // 100) :] = (200, 30, 60)
     return {
         "jpeg": np.asarray(Image.open(buffer)),
-        "half": np.asarray(Image.fromarray(image).resize((width // 2, height // 2))),
+        "half": np.asarray(half),
+        # At 32 px compression leaves too little to tell by.
+        **({"half, jpeg": np.asarray(Image.open(small))} if width >= 128 else {}),
         "crop": image[: round(height * 0.95), width - round(width * 0.95) :],
         "darker": (image * 0.85).astype(np.uint8),
         "brighter": (image * 1.15).clip(0, 255).astype(np.uint8),

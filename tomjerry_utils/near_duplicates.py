@@ -241,7 +241,7 @@ def _by_group(pairs: np.ndarray) -> np.ndarray:
 class _Laid:
     """The part that both pictures show, (128, 128, 3) uint8 each, at one brightness and detail.
 
-    `allowance` is what a small picture loses more than one of 256 px to the same compression.
+    `allowance` is what the smaller picture loses more to compression than one of 256 px would.
     """
 
     first: np.ndarray
@@ -267,7 +267,7 @@ def _lay(a: _Held, b: _Held) -> _Laid | None:
     return _Laid(
         _enlarged(best.brightened(_cut(a.colour, box_a, detail))),
         _enlarged(_cut(b.colour, box_b, detail)),
-        min(max(1.0, (256 / larger) ** 0.5), 2.0),
+        min(max(1.0, (256 / smaller) ** 0.5), 2.0),
     )
 
 
