@@ -8,14 +8,13 @@ import io
 import itertools
 import json
 import re
-import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from page_scripts import node, runs
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy.stats import mannwhitneyu
@@ -25,7 +24,6 @@ from tomjerry_utils.images import load_image
 
 SECRETS = ("zebrafish", "wolverine", "capybara")  # methods
 STEMS = tuple(f"quokka{i}" for i in range(12))
-NODE = shutil.which("node")
 
 
 def folder(path: Path, seed: int, *, size: int = 16, stems: tuple[str, ...] = STEMS) -> Path:
@@ -299,16 +297,6 @@ console.log(JSON.stringify({ looks, files, storage: stored }));
 """
 LEFT: list[Any] = [["wait", 300], ["key", "ArrowLeft"]]
 RIGHT: list[Any] = [["wait", 300], ["key", "ArrowRight"]]
-runs = pytest.mark.skipif(NODE is None, reason="needs node, which runs the page's script")
-
-
-def node(source: str, given: Any) -> Any:
-    assert NODE
-    answer = subprocess.run(
-        [NODE, "-e", source], input=json.dumps(given), capture_output=True, text=True, check=False
-    )
-    assert not answer.returncode, answer.stderr
-    return json.loads(answer.stdout)
 
 
 def browse(page: Path, steps: list[Any], storage: Any = None, *, locked: bool = False) -> Any:

@@ -7,13 +7,12 @@ import hashlib
 import io
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from page_scripts import node, runs
 from PIL import Image
 
 from tomjerry_utils import UserError, picture_page, picture_script
@@ -21,8 +20,6 @@ from tomjerry_utils.picture_review import Decision, apply, decide, read_decision
 from tomjerry_utils.sources import make_row
 
 EVIL = """</script><script>alert("1")</script> & 'x' <img src=x onerror=y> \u2028"""
-NODE = shutil.which("node")
-runs = pytest.mark.skipif(NODE is None, reason="needs node, which runs the page's script")
 
 
 def sha(number: int) -> str:
@@ -176,15 +173,6 @@ const acts = {
 for (const [act, ...given] of steps) acts[act](...given);
 console.log(JSON.stringify({ looks, files, storage: stored }));
 """
-
-
-def node(source: str, given: Any) -> Any:
-    assert NODE
-    answer = subprocess.run(
-        [NODE, "-e", source], input=json.dumps(given), capture_output=True, text=True, check=False
-    )
-    assert not answer.returncode, answer.stderr
-    return json.loads(answer.stdout)
 
 
 def browse(page: Path, steps: list[Any], storage: Any = None, **more: Any) -> Any:

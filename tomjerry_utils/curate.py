@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import csv
 import errno
-import json
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from tomjerry_utils import UserError, animal_masks, composites, intake, photo_se
 from tomjerry_utils.datasheet import datasheet
 from tomjerry_utils.journal import JOURNAL, Journal, Seen
 from tomjerry_utils.judging import Curation, judge, kind_of
-from tomjerry_utils.runs import atomic_path, log
+from tomjerry_utils.runs import atomic_path, log, write_jsonl
 from tomjerry_utils.sources import Batch, Row, digest
 from tomjerry_utils.workers import Workers
 
@@ -36,8 +35,6 @@ METADATA = "metadata.jsonl"
 SHOTS = "shots.csv"
 DATASHEET = "DATASHEET.md"
 WORK = ".work"
-
-
 # What `metadata.jsonl` says of a picture, the file that `datasets` reads.
 COLUMNS = (
     *("file_name", "text", "domain", "class", "label", "action", "facing", "place"),
@@ -94,14 +91,16 @@ def _collect(batches: Callable[[], Iterable[Batch]], out: Path, how: Curation) -
         if how.composites:
             _add_composites(journal, out, how)
         _remove_strangers(journal, out)
-        found: Counter[str] = Counter(kind_of(row["reason"]) for row in journal.rows())
-        _write_lines(
-            out / MANIFEST,
-            ({k: v for k, v in row.items() if k != "_key"} for row in journal.rows()),
-        )
-        _write_lines(
-            out / METADATA, ({k: r[k] for k in COLUMNS} for r in journal.rows() if r["kept"])
-        )
+        found: Counter[str] = Counter()
+
+        def manifest() -> Iterator[Row]:
+            for row in journal.rows():
+                found[kind_of(row["reason"])] += 1
+                yield {column: value for column, value in row.items() if column != "_key"}
+
+        write_jsonl(out / MANIFEST, manifest())
+        kept_rows = (row for row in journal.rows() if row["kept"])
+        write_jsonl(out / METADATA, ({name: row[name] for name in COLUMNS} for row in kept_rows))
         _write_shots(out / SHOTS, shots)
         with atomic_path(out / DATASHEET) as temporary:
             temporary.write_text(datasheet(journal.rows()), encoding="utf-8")
@@ -118,12 +117,6 @@ def _no_room(out: Path) -> UserError:
     return UserError(
         f"{out}: no space left to write: free some space and run the same command again"
     )
-
-
-def _write_lines(path: Path, rows: Iterable[Row]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 class _Names:
@@ -184,8 +177,8 @@ def _write_kept(
                                 "collected: run the same command again"
                             )
                 bar.update(len(indices))
+            left.difference_update(first + i for i in todo)
             first += len(batch.rows)
-            left -= {first - len(batch.rows) + i for i in todo}
     if left:
         raise UserError(f"{len(left)} pictures of the sources are gone: run the same command again")
 

@@ -36,8 +36,7 @@ def take_in(
     *,
     short_side: int,
     place: Callable[[Row], None],
-    note: Callable[[Batch], None] = lambda batch: None,
-    workers: int | None = None,
+    note: Callable[[Batch], None],
 ) -> None:
     """Read every picture that the journal does not know yet.
 
@@ -47,13 +46,12 @@ def take_in(
         short_side: larger pictures are reduced to this; none is enlarged.
         place: gives a row its file name.
         note: told each batch, in order.
-        workers: processes; None for one a core, 0 for none.
     """
     from tomjerry_utils.progress import progress
 
     first = 0
     journal.begin()
-    with Workers(workers) as pool, progress(iter(()), "collect", unit="picture") as bar:
+    with Workers() as pool, progress(iter(()), "collect", unit="picture") as bar:
         for batch in batches:
             for row in batch.rows:
                 place(row)

@@ -161,9 +161,11 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write one JSON object a line, atomically, and return the path."""
-    lines = (json.dumps(dict(row), ensure_ascii=False, default=_plain) for row in rows)
-    return _write_text(path, "".join(f"{line}\n" for line in lines))
+    """Write one JSON object a line, atomically, and return the path; rows are held one by one."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(dict(row), ensure_ascii=False, default=_plain) + "\n")
+    return Path(path)
 
 
 def _write_text(path: str | os.PathLike[str], text: str) -> Path:
