@@ -21,7 +21,7 @@ import torch
 from tiny_models import free_port
 from torch import Tensor, nn
 
-from tomjerry_utils import UserError, cli
+from tomjerry_utils import UserError, checkpoints, cli, training
 from tomjerry_utils.training import TrainResult, apply_ema, progress, schedule_factor, train
 
 # A subprocess and the tests train this same model: dropout and batch norm make exact resume hard.
@@ -293,6 +293,51 @@ def test_budget_ends_a_run_that_a_larger_one_goes_on_with(
     assert part.ema["net"].keys() == net.state_dict().keys()
     assert run(tmp_path, max_seconds=0.2)[1].steps == part.steps
     assert_equal_runs(run(tmp_path), uninterrupted)
+
+
+class Hand:
+    """A clock that stands still unless it is moved."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+SLOW = {"quiet": range(0), "late": range(9, 99), "early": range(2)}
+
+
+@pytest.mark.parametrize("slow", SLOW.values(), ids=SLOW)
+def test_work_beside_a_training_takes_nothing_off_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: range
+) -> None:
+    clock = Hand()
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(checkpoints, "SPAN", 4.0)
+
+    def within(seconds: float) -> TrainResult:
+        net = make()
+        inner = loss_of(net)
+
+        def loss(batch: object, step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
+            clock.now += 5.0 if step in slow else 1.0
+            return inner(batch, step, generator)
+
+        return train({"net": net}, loss, batches, folder=tmp_path, max_seconds=seconds, **SETTINGS)
+
+    first = within(14.0)
+    assert (first.steps, first.spent) == (14, 14.0)
+    clock.now += 1000.0
+    result = within(24.0)  # the pace found so far outlives a stop
+    assert (result.steps, result.spent) == (24, 24.0)
+    assert result.seconds == 24.0 + 4.0 * len(set(slow) & set(range(24)))
+
+
+def test_a_budget_too_short_for_a_pace_is_of_the_clocks_seconds() -> None:
+    pace = checkpoints.Pace()
+    for step in range(1, 5):
+        pace.tell(step, 3.0 * step)
+    assert pace.best is None and pace.spent(4, 12.0) == 12.0
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The terms on which methods are compared: seconds of training, trials, and what each starts from.
 
-Two budgets, both of seconds of training on the same machine:
+Two budgets, both of seconds of training on the same machine (of a quiet one: `checkpoints.Pace`):
 
 - course: as many as ours took in stages 04 and 05; what can start from our foundation does;
 - total: as many as ours took from the very beginning, its foundation and its BLIP included. What

@@ -24,6 +24,7 @@ from tomjerry_utils import UserError
 from tomjerry_utils.runs import atomic_dir, log, read_json, read_jsonl, write_json, write_jsonl
 
 Modules = Mapping[str, nn.Module]
+SPAN = 15.0  # seconds over which a training's pace is taken
 
 
 def trained_parameters(modules: Modules) -> dict[str, nn.Parameter]:
@@ -105,6 +106,32 @@ class Window:
         self.counts = {name: value[1] for name, value in plain.items()}
 
 
+class Pace:
+    """Steps a second where nothing else was running, which is what a budget of seconds buys.
+
+    The fastest of a training's spans of :data:`SPAN` seconds. So other work beside a training, a
+    checkpoint on a slow disk or a pause make it later, not shorter.
+    """
+
+    def __init__(self) -> None:
+        self.best: float | None = None
+        self._since: tuple[int, float] | None = None
+
+    def tell(self, step: int, seconds: float) -> None:
+        """A step is done: its number and the seconds of training so far."""
+        if self._since is None:
+            self._since = (step, seconds)
+            return
+        steps, span = step - self._since[0], seconds - self._since[1]
+        if span >= SPAN:
+            self.best = max(self.best or 0.0, steps / span)
+            self._since = (step, seconds)
+
+    def spent(self, step: int, seconds: float) -> float:
+        """Seconds of a budget that the steps so far have used up: at the best pace, once known."""
+        return seconds if self.best is None else min(seconds, step / self.best)
+
+
 class State:
     """All that a resumed run needs, in memory and on disk.
 
@@ -137,10 +164,16 @@ class State:
         self.describe = describe
         self.step = 0
         self.seconds = 0.0
+        self.pace = Pace()
         self.ended_early = False
         self.window = Window()
         self.history: list[dict[str, Any]] = []
         self.main = main
+
+    @property
+    def spent(self) -> float:
+        """Seconds of a budget that are used up."""
+        return self.pace.spent(self.step, self.seconds)
 
     def check_finite(self) -> dict[str, Any]:
         """The sums of the window, or a `UserError` where a step in it went wrong."""
@@ -198,6 +231,7 @@ class State:
             state = {
                 "step": self.step,
                 "seconds": self.seconds,
+                "pace": self.pace.best,
                 "processes": self.processes,
                 "ended_early": self.ended_early,
                 "window": window,
@@ -259,6 +293,7 @@ class State:
             parameter = self.trained[name]
             self.optimizer.state[parameter][slot] = value.to(parameter.device)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.pace.best = state.get("pace")  # none in a checkpoint of before
         self.ended_early = state["ended_early"]
         self.window.restore(state["window"])
 

@@ -66,8 +66,8 @@ class Entry:
 
     Attributes:
         record: setting, points (name → setting), best, trials, curve, seconds (budget, trained,
-            tuning), seconds_per_picture, course_seconds and foundation_seconds of its run, metrics
-            of each point, device.
+            tuning), steps, seconds_per_picture, course_seconds and foundation_seconds of its run,
+            metrics of each point, device.
         each: metric → (N,) of the test scenes, at the point that competes; NaN where it does not
             apply.
         perceptual: point → (N,) distances to the twins.
@@ -202,6 +202,7 @@ def make(
         "trials": made.trials,
         "curve": made.curve,
         "seconds": made.seconds,
+        "steps": made.steps,
         "seconds_per_picture": round(note["seconds"] / note["n"], 4),
         "course_seconds": budgets.course_seconds(profile),
         "foundation_seconds": budgets.foundation_seconds(profile),

@@ -84,7 +84,8 @@ class Gan:
     Attributes:
         kind: of :data:`KINDS`.
         generator: with averaged weights, in evaluation mode.
-        facts: how it was trained: steps, seconds, learning rate, numbers of pictures and so on.
+        facts: how it was trained: steps, seconds of its budget, learning rate, numbers of pictures
+            and so on.
     """
 
     kind: str
@@ -150,7 +151,8 @@ def train_gan(
         folder: of the run's `history.jsonl` and `checkpoint/`; after a budget of seconds the
             checkpoint stays, and a call with a larger budget goes on from it.
         steps: how many; None where `seconds` alone ends the run.
-        seconds: training time over all sessions; the step that uses it up is the last.
+        seconds: training time over all sessions, as `training.train` counts it; the step that uses
+            it up is the last.
         settings: None for the defaults.
         batch_size: pictures of each set in a step [1 in both papers].
         learning_rate: [2e-4 in both papers], with Adam's β = (0.5, 0.999) as theirs.
@@ -205,7 +207,7 @@ def train_gan(
     apply_ema({"generator": nets.generator}, result)
     facts = {
         "steps": result.steps,
-        "seconds": round(result.seconds, 1),
+        "seconds": round(result.spent, 1),
         "budget_seconds": seconds,
         "seed": seed,
         "batch_size": batch_size,

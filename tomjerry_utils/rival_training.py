@@ -107,7 +107,7 @@ def _train_denoiser(
             apply_ema({"unet": unet, "conditioner": conditioner}, result)
             with atomic_dir(weights) as target:
                 save_denoiser(unet, conditioner, target)
-            stage.finish(seconds=result.seconds)
+            stage.finish(seconds=result.spent)
             shutil.rmtree(stage.folder / "training" / "checkpoint", ignore_errors=True)
     record = read_json(stage.folder / PROVENANCE)
     return load_model(profile, weights), float(record["extra"]["seconds"])
@@ -147,7 +147,7 @@ def _train_expert(
         )
         with atomic_dir(folder / "expert") as target:
             expert.save_pretrained(target)
-        write_json(note, {"seconds": result.seconds, "history": result.history})
+        write_json(note, {"seconds": result.spent, "history": result.history})
         shutil.rmtree(folder / "expert_training", ignore_errors=True)
     return load_expert(folder, profile), float(read_json(note)["seconds"])
 

@@ -146,6 +146,7 @@ class RivalRun:
         points: name → setting of everything that can be translated with; best: the one that
             competes.
         seconds: budget, trained (in the course or from nothing), tuning.
+        steps: of a GAN's training.
         curve: of a GAN under the total budget, its scores on validation cartoons on the way:
             seconds, realism, faithfulness, score.
     """
@@ -159,6 +160,7 @@ class RivalRun:
     points: dict[str, dict[str, Any]] = field(repr=False)
     best: str
     seconds: dict[str, float]
+    steps: int | None = None
     curve: list[dict[str, float]] = field(default_factory=list, repr=False)
 
     @property
@@ -285,6 +287,7 @@ def _make(
         trained = sum(seconds for name, seconds in parts.items() if name[:2] in ("04", "05"))
     trials: list[dict[str, Any]] = []
     curve: list[dict[str, float]] = []
+    steps: int | None = None
     if setting is None:
         trials = _tune(rival, profile, folder, allowed)
         points = {str(i): row["setting"] for i, row in enumerate(trials)}
@@ -296,7 +299,8 @@ def _make(
         best = "final"
         look = _look(_criterion(profile, translator)) if budget == "total" else None
         gan = train_gan(method, profile, folder, best, budget, points[best], allowed, look)
-        trained, curve = gan.facts["seconds"], gan.facts.get("curve", [])
+        trained, steps = gan.facts["seconds"], gan.facts["steps"]
+        curve = gan.facts.get("curve", [])
     stage.finish(
         trials=trials,
         points=points,
@@ -306,6 +310,7 @@ def _make(
             "trained": round(trained, 1),
             "tuning": round(sum(row["seconds"] for row in trials), 1),
         },
+        steps=steps,
         curve=curve,
     )
 

@@ -46,6 +46,7 @@ class TrainResult:
         history: one row per `log_every` steps: step, loss and the loss function's own numbers
             (means over those steps), grad_norm, learning_rate, seconds since the start.
         seconds: training time, over all sessions of a resumed run.
+        spent: of these, what counts towards `max_seconds`.
         steps: steps done.
         finished: False where `max_seconds` ended the run before its last step.
         ended_early: True where `on_log` ended it.
@@ -54,6 +55,7 @@ class TrainResult:
 
     history: list[dict[str, Any]]
     seconds: float
+    spent: float
     steps: int
     finished: bool
     ema: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
@@ -123,8 +125,9 @@ def train(
         ema_on: names of the modules to average; None for all.
         device: `auto`, or a torch device type.
         threads: torch threads while training; 0 leaves them as they are.
-        max_seconds: time budget over all sessions; the checkpoint is then kept, and a later call
-            with a larger budget goes on from it.
+        max_seconds: time budget over all sessions, in seconds in which nothing else runs: steps
+            count at the training's own best pace, see `checkpoints.Pace`. The checkpoint is then
+            kept, and a later call with a larger budget goes on from it.
         keep_checkpoint: keep `checkpoint/` of a finished training: the next call returns at once.
         memory_knobs: what to do about too little memory, for the error's last words.
         on_log: called with (step, modules) at each log line, while the modules hold their averaged
@@ -206,7 +209,7 @@ def train(
     ):
         _set_training(modules, True)
         saved = time.monotonic()
-        over = max_seconds is not None and state.seconds >= max_seconds
+        over = max_seconds is not None and state.spent >= max_seconds
         while state.step < steps and not over and not state.ended_early:
             step = state.step
             for part in range(accumulation):
@@ -231,6 +234,7 @@ def train(
             state.window.add(grad_norm=grad_norm)
             state.step += 1
             state.seconds = time.monotonic() - begun
+            state.pace.tell(state.step, state.seconds)
             bar.update()
 
             if state.step % log_every == 0 or state.step == steps:
@@ -244,7 +248,7 @@ def train(
                     state.ended_early = _any(ended, accelerator) and state.step < steps
             over = _agreed(
                 interrupts.caught is not None
-                or (max_seconds is not None and state.seconds >= max_seconds),
+                or (max_seconds is not None and state.spent >= max_seconds),
                 state.step,
                 accelerator,
             )
@@ -268,7 +272,13 @@ def train(
     _set_training(modules, False)
     averaged = ema.state_dicts() if ema else {}
     return TrainResult(
-        state.history, state.seconds, state.step, finished, averaged, state.ended_early
+        state.history,
+        state.seconds,
+        state.spent,
+        state.step,
+        finished,
+        averaged,
+        state.ended_early,
     )
 
 

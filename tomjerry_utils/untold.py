@@ -358,7 +358,7 @@ def fit(
         folder: receives the training's history, and a checkpoint until it is finished.
 
     Returns:
-        The translator with averaged weights, and the seconds of training.
+        The translator with averaged weights, and the seconds of the budget that it took.
     """
     natural = np.concatenate([natural, natural[:, :, ::-1]])
     at_once = min(64, max(1, PIXELS_AT_ONCE // natural[0, ..., 0].size))
@@ -414,4 +414,4 @@ def fit(
         describe="ours, told nothing",
     )
     apply_ema({"unet": unet}, result)
-    return Untold(unet.eval(), vae, scheduler, statistics, wardrobe), result.seconds
+    return Untold(unet.eval(), vae, scheduler, statistics, wardrobe), result.spent
