@@ -149,7 +149,7 @@ def _recall(kept: Sequence[int], frames: int) -> float:
 
 def enlarged(path: Path, height: int) -> Path:
     """The starter clip at another size, encoded as broadcasters do."""
-    width = height * 16 // 9
+    width = height * 8 // 9 * 2
     frames = [
         frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC")
         for _, frame in films.read_frames(CLIP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from pathlib import Path
 
 import film_clips
@@ -11,7 +12,7 @@ import pytest
 from film_clips import CLIP, boxed, clip_shots, edit, score, write
 from PIL import Image
 
-from tomjerry_utils import UserError, collect, films
+from tomjerry_utils import UserError, collect, film_frames, films
 from tomjerry_utils.film_checks import (
     BLACK,
     BLURRED,
@@ -190,6 +191,43 @@ def test_what_was_found_is_written_down_whole(tmp_path: Path) -> None:
     frames = dict(films.read_frames(path))
     for number, picture in zip(wanted, loaded.pictures(wanted), strict=True):
         assert np.array_equal(picture, frames[number].to_ndarray(format="rgb24"))
+
+
+def test_packets_tell_where_a_shot_may_begin() -> None:
+    sizes = [9000, *[100, 300] * 10, 900, *[100, 300] * 10, *[20] * 20, 8000, *[100] * 5]
+    keys = [0, len(sizes) - 6]
+    index = film_frames.Index(array("q", range(len(sizes))), array("q", keys), 0.04)
+    index.sizes = array("q", sizes)
+    found = film_frames.loud(index)
+    assert found[[0, 21, 42, len(sizes) - 6]].all()  # keys, a costly frame, the first plain one
+    assert not found[5:21].any() and not found[22:41].any() and not found[56:-6].any()
+
+
+def test_a_film_whose_sizes_say_too_little_is_looked_at_frame_by_frame(tmp_path: Path) -> None:
+    """Sixteen frames in a row that only later ones foretell."""
+    rigid = {"x264-params": "bframes=16:b-adapt=0:b-pyramid=none:scenecut=0:keyint=200"}
+    frames = [*shot(1, 25), *shot(2, 25), *shot(3, 25)]
+    path = write(tmp_path / "film.mp4", frames, options=rigid)
+    index = film_frames.read_index(path)
+    with pytest.raises(LookupError):
+        list(film_frames.look_through(path, index))
+    index.sizes = array("q")
+    with pytest.raises(LookupError):
+        list(film_frames.look_through(path, index))
+    assert score(films.open_film(path).hard, [25, 50]) == (2, 0, 0)
+
+
+def test_the_only_frame_of_a_shot_is_one_that_is_cheap_to_read(tmp_path: Path) -> None:
+    frames = [*shot(1, 48), *shot(2, 48)]
+    path = write(tmp_path / "film.mp4", frames, gop=30, options={"sc_threshold": "0"})
+    found = films.open_film(path)
+    assert found.index is not None
+    keys = found.index.keys
+    for number in found.sample(60.0):
+        assert min(number - key for key in keys if key <= number) <= 6
+    # Where there are several, they are evenly spread instead.
+    several = found.sample(0.5)
+    assert [round(number / 12 - 0.5) for number in several] == list(range(8))
 
 
 @pytest.mark.parametrize(

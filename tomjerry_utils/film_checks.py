@@ -109,27 +109,32 @@ def sharpness(luma: np.ndarray) -> float:
     From the energy of differences over one pixel against those over four: 1 where all edges are
     steps, 0 where all are ramps of four pixels or more, or where nothing changes.
     """
-    rows = luma[_spaced(luma.shape[0])].astype(np.int16)
-    columns = luma[:, _spaced(luma.shape[1])].astype(np.int16)
+    rows = luma[_spaced(luma.shape[0])].astype(np.float32)
+    columns = luma.T[_spaced(luma.shape[1])].astype(np.float32)
     found = []
-    for a in (rows.T, columns):
-        near, far = np.diff(a, axis=0), a[4:] - a[:-4]
-        whole = float(np.square(far, dtype=np.int32).mean()) if len(far) else 0.0
+    for a in (rows, columns):
+        near, far = a[:, 1:] - a[:, :-1], a[:, 4:] - a[:, :-4]
+        whole = _energy(far)
         if whole > 4.0:
-            found.append(4 * float(np.square(near, dtype=np.int32).mean()) / whole)
+            found.append(4 * _energy(near) / whole)
     # A ramp changes four times as much over four pixels as over one: 4 / 16.
     return min(max((min(found) - 0.25) / 0.75, 0.0), 1.0) if found else 0.0
 
 
+def _energy(steps: np.ndarray) -> float:
+    flat = steps.ravel()
+    return float(flat @ flat) / len(flat) if len(flat) else 0.0
+
+
 def combing(luma: np.ndarray) -> float:
     """The share of pixels whose rows go up and down by turns, as where two fields differ."""
-    a = luma[:, _spaced(luma.shape[1], 2 * _LINES)].astype(np.int16)
-    step = np.diff(a, axis=0)
-    turn = np.minimum(np.abs(step[1:]), np.abs(step[:-1])) > 10
-    turn &= np.sign(step[1:]) != np.sign(step[:-1])
+    a = luma.T[_spaced(luma.shape[1])].astype(np.int16)
+    step = a[:, 1:] - a[:, :-1]
+    up, down = step > 10, step < -10
+    turn = (up[:, 1:] & down[:, :-1]) | (down[:, 1:] & up[:, :-1])
     # One field by itself is smooth there: rows two apart are alike.
-    turn &= np.abs(a[2:] - a[:-2]) < 8
-    return float((turn[:-2] & turn[1:-1] & turn[2:]).mean()) if len(turn) > 2 else 0.0
+    turn &= np.abs(a[:, 2:] - a[:, :-2]) < 8
+    return float((turn[:, :-2] & turn[:, 1:-1] & turn[:, 2:]).mean()) if turn.shape[1] > 2 else 0.0
 
 
 def is_card(luma: np.ndarray) -> bool:

@@ -44,7 +44,8 @@ VIDEO_SUFFIXES = (
     *(".ts", ".flv"),
 )
 _PROBES_S = 0.5  # seconds between two frames that borders and writing are looked for on
-_MARKS_S = 0.1  # seconds between two frames that may be kept
+_MARKS_S = 0.2  # seconds between two frames that may be kept
+_CHEAP = 6  # frames after a key frame that are as cheap to read as any
 _AWAY = 2  # frames at each end of a shot that are kept only if there is nothing else
 
 
@@ -95,7 +96,7 @@ class Film:
             edges = [self._at(self.times[first] + seconds * k / count) for k in range(count)]
             edges = [max(a, first) for a in edges] + [end]
             for begin, stop in itertools.pairwise(edges):
-                found = self._best(begin, stop, first, end) if stop > begin else None
+                found = self._best(begin, stop, first, end, count == 1) if stop > begin else None
                 if found and (not chosen or found[0] > chosen[-1][0]):
                     chosen.append(found)
         return chosen
@@ -163,8 +164,15 @@ class Film:
     def _at(self, time: float) -> int:
         return bisect.bisect_left(self.times, time - 1e-9)
 
-    def _best(self, begin: int, stop: int, first: int, end: int) -> tuple[int, str] | None:
-        """The frame nearest the middle of a stretch that may be kept, or one with the reason."""
+    def _best(
+        self, begin: int, stop: int, first: int, end: int, only: bool
+    ) -> tuple[int, str] | None:
+        """The frame of a stretch that is kept, or one of it with the reason why none is.
+
+        Of those that may be kept, the nearest to the middle. One that is the only one of its shot
+        need not lie there: it is the one that costs least to decode, since all from a key frame on
+        must be; the first few after a key frame count as equal.
+        """
         middle = begin + (stop - begin) // 2
         if self.marks is None or not self.marks.number:
             return middle, ""
@@ -175,7 +183,15 @@ class Film:
         if not span:
             # A shot so short that none of its frames was judged.
             return (middle, MIXED if self._mixed(middle) else "") if begin == first else None
-        near = sorted(span, key=lambda i: (abs(number[i] - middle), number[i]))
+        keys = self.index.keys if self.index else ()
+
+        def worth(i: int) -> tuple[int, int, int]:
+            frame = number[i]
+            place = bisect.bisect_right(keys, frame) - 1
+            after = frame - keys[place] if only and place >= 0 else 0
+            return max(after - _CHEAP, 0), abs(frame - middle), frame
+
+        near = sorted(span, key=worth)
         inner = [i for i in near if first + _AWAY <= number[i] < end - _AWAY] or near
         free = [i for i in inner if not self._mixed(number[i])]
         if not free:
@@ -198,8 +214,9 @@ def open_film(path: Path) -> Film:
         UserError: no such file, not a film, or no frame in it can be read.
     """
     index = read_index(path)
-    whole = replace(index, skip="DEFAULT")
-    for attempt in (index, whole, Index(array("q"), array("q"), 0.0, index.stretch)):
+    each = replace(index, sizes=array("q"))
+    whole = replace(each, skip="DEFAULT")
+    for attempt in (index, each, whole, Index(array("q"), array("q"), 0.0, index.stretch)):
         try:
             return _scan(path, attempt)
         except LookupError:
@@ -211,28 +228,28 @@ def _scan(path: Path, index: Index) -> Film:
     times = _times(index)
     finder, glance, marks, borders = ShotFinder(), Glance(), Marks(), Borders()
     probed = marked = -1.0
-    for number, frame in look_through(path, index):
+    for number, frame, gap in look_through(path, index):
         if not index.stamps:
             start = times[-1] + 0.04 if times else 0.0
             told = float(frame.time) if frame.time is not None else start
             times.append(told if not times or told > times[-1] else start)
-        planes = glance.planes(frame)
-        thumb = glance.thumb(planes)
-        finder.push(number, thumb)
+        luma, thumb = glance.look(frame)
+        finder.push(number, thumb, gap)
         probe = times[number] - probed >= _PROBES_S or probed < 0
         if probe:
             probed = times[number]
         if probe or times[number] - marked >= _MARKS_S:
             marked = times[number]
-            marks.add(number, planes[0], thumb, is_card(planes[0]) if probe else None)
+            marks.add(number, luma, thumb, is_card(luma) if probe else None)
         if probe and marks.spread[-1] >= 8:
-            borders.add(planes[0])
+            borders.add(luma)
     if not marks.number:
         raise UserError(f"{path}: no picture in this film can be read: give a film that plays")
     zero = times[0]
     times = array("d", (round(t - zero, 6) for t in times))
     shots = finder.finish()
     shots.cuts = [cut - gap // 2 for cut, gap in zip(shots.cuts, shots.gaps, strict=True)]
+    index = replace(index, sizes=array("q"))  # of no use any more
     return Film(
         path, times, shots.starts(), shots.cuts, shots.transitions, borders.find(), marks, index
     )
