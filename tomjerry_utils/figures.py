@@ -114,7 +114,7 @@ def save_figure(
             image.set_interpolation(kind)
     write_json(target.with_suffix(".json"), _provenance(name, alt, run, folder, notebook, extra))
     if show or (show is None and _in_notebook()):
-        _display(fig, alt)
+        show_figure(fig, alt)
     _close(fig)
     return target.with_suffix(".png")
 
@@ -413,7 +413,8 @@ def _in_notebook() -> bool:
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
-def _display(fig: Figure, alt: str) -> None:
+def show_figure(fig: Figure, alt: str) -> None:
+    """Show a figure in a running notebook, and write no file."""
     from IPython.display import Image, display
 
     buffer = io.BytesIO()
