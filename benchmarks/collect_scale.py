@@ -34,7 +34,8 @@ from pathlib import Path
 from tomjerry_utils import collect
 began = time.monotonic()
 collect.collect_command(
-    Path(sys.argv[2]), folders=[sys.argv[1]], domain="natural", smallest=16, per_class=500
+    Path(sys.argv[2]), folders=[sys.argv[1]], domain="natural",
+    smallest=16, per_class=500, screen=False
 )
 peak = [resource.getrusage(who).ru_maxrss / 1024 for who in
         (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -100,7 +101,8 @@ def _measured(home: Path, count: int) -> dict[str, Any]:
             shutil.copyfile(last, path)
             continue
         coarse = Image.fromarray(draws.integers(0, 255, (6, 6, 3), np.uint8))
-        coarse.resize((64, 64), Image.Resampling.BICUBIC).save(path, quality=85)
+        # Hard edges: what is blurred is dropped at once.
+        coarse.resize((96, 96), Image.Resampling.NEAREST).save(path, quality=85)
         last = path
     found = _run(_CALL, home / "in", home / "out")
     journal = sum(p.stat().st_size for p in (home / "out").glob(".journal*"))

@@ -48,7 +48,7 @@ from tomjerry_utils.runs import (
 from tomjerry_utils.sources import Batch, Options, Row
 
 NAME = "01_collect"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

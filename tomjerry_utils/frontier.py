@@ -284,6 +284,7 @@ def frontier_figure(table: Mapping[str, Any]) -> Figure:
             which = rivals.index(key[1]) if key[1] in rivals else 0
             ours = key[1] == "ours"
             color = BLUE if ours else colors[which % len(colors)]
+            again = "-" if which < len(colors) else "-."  # where a colour comes a second time
             title = budgets.TITLES[key[1]]
             title += ", total budget" if key[0] == "total" else ""
             mine = [r for r in table["frontier"] if (r["budget"], r["method"]) == key]
@@ -299,7 +300,7 @@ def frontier_figure(table: Mapping[str, Any]) -> Figure:
                     x, y, xerr=np.abs(ends[0] - x), yerr=np.abs(ends[1] - y), color=color,
                     marker="o" if ours else marks[which % len(marks)], markersize=9 if ours else 6,
                     linewidth=2.8 if ours else 1.6, elinewidth=0.9, alpha=1.0 if ours else 0.85,
-                    linestyle="--" if key[0] == "total" else ":" if smooth else "-",
+                    linestyle="--" if key[0] == "total" else ":" if smooth else again,
                     markerfacecolor="white" if smooth else color, zorder=4 if ours else 3,
                     label="_nolegend_" if smooth else label,
                 )  # fmt: skip
