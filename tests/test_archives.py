@@ -569,6 +569,8 @@ def test_mice_from_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         f"mice/{subset}/run 0" for subset in photo_sets.MOUSE_SUBSETS
     }
     assert "tell no animal by their names" in capsys.readouterr().err
+    sheet = (tmp_path / "out" / "DATASHEET.md").read_text(encoding="utf-8")
+    assert "0 groups are one animal each, as their names tell. 3 others are runs" in sheet
     # Named as the mice, another layout is told but taken.
     flat = pack(tmp_path / "flat.zip", [(f"{i}.png", picture(i)) for i in range(3)])
     batches = archives.archive_source(str(flat), sources.Options(tmp_path / "work"), layout="mice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -136,6 +137,14 @@ def _gaps(told: _Told) -> list[str]:
         gaps.append(
             "Laboratory mice and house cats are photographed from other angles and in other "
             "places than cartoon animals are drawn in."
+        )
+    runs = {group for _, group in told.groups if re.match(r"mice/[^/]+/run ", group)}
+    animals = {group for _, group in told.groups if re.match(r"mice/[^/]+/animal ", group)}
+    if runs:
+        gaps.append(
+            f"Laboratory mice: {len(animals)} groups are one animal each, as their names tell. "
+            f"{len(runs)} others are runs of files that tell none, so that one animal may be in "
+            "training and in validation."
         )
     if "composites" in found:
         gaps.append(
