@@ -421,17 +421,21 @@ def show_figure(fig: Figure, alt: str) -> None:
     dpi = min(DPI / 2, PREVIEW_PIXELS / fig.get_figwidth())
     with mpl.rc_context(style()):
         fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
-    data, kind = _light(buffer)
+    data, kind = _light(buffer, pictures=bool(fig.findobj(AxesImage)))
     display(Image(data=data, format=kind, alt=alt))
 
 
-def _light(png: io.BytesIO) -> tuple[bytes, str]:
-    """The PNG where it is small, as drawings are; a fifth as large a JPEG of pictures."""
+def _light(png: io.BytesIO, *, pictures: bool) -> tuple[bytes, str]:
+    """A drawing as a PNG of 256 colours; of pictures the PNG where it is small, else a JPEG."""
     from PIL import Image
 
+    small = io.BytesIO()
+    if not pictures:
+        flat = Image.open(png).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        flat.save(small, "PNG", optimize=True)
+        return small.getvalue(), "png"
     if png.tell() <= PREVIEW_BYTES:
         return png.getvalue(), "png"
-    small = io.BytesIO()
     Image.open(png).convert("RGB").save(small, "JPEG", quality=76, optimize=True)
     return small.getvalue(), "jpeg"
 
