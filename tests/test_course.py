@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -382,6 +383,21 @@ def test_redraw_from_a_run_trains_nothing(
         course.redraw(SMOKE)
     assert (fresh_runs / "smoke" / "04_ldm" / "provenance.json").read_bytes() == trained
     assert runs.NO_TRAINING not in os.environ
+
+
+def test_redraw_of_the_default_run_draws_the_studies_too(
+    project: Path, fresh_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tomjerry_utils import study
+
+    drawn = Path("drawn.pdf")
+    monkeypatch.setattr(study, "draw_studies", lambda folder: [folder / "study.pdf"])
+    monkeypatch.setattr(course, "run_course", lambda *_, **__: SimpleNamespace(figures=[drawn]))
+    for name, studies in (("smoke", []), ("mini", [project / "results" / "study.pdf"])):
+        for source in course.sources():
+            runs.write_json(fresh_runs / name / "notebooks" / f"{source.stem}.json", {})
+        profile = SMOKE.model_copy(update={"name": name})
+        assert course.redraw(profile) == (fresh_runs / name, [drawn, *studies])
 
 
 def test_redraw_from_results(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,7 +275,8 @@ def redraw(profile: Profile) -> tuple[Path, list[Path]]:
     """Draw the figures again without training anything.
 
     From the profile's run where every notebook has finished: they are executed once more, and no
-    stage may train. Else from the committed `results/`.
+    stage may train. Else from the committed `results/`. The studies' figures come from there, at
+    the default profile in either case.
 
     Returns:
         what they were drawn from, and the figures (PDF).
@@ -283,20 +284,20 @@ def redraw(profile: Profile) -> tuple[Path, list[Path]]:
     Raises:
         UserError: there is neither, or the run was made with other settings.
     """
-    folder = run_root(profile) / "notebooks"
+    from tomjerry_utils import study
+
+    folder, results = run_root(profile) / "notebooks", project_root() / "results"
     if all((folder / f"{source.stem}.json").is_file() for source in sources()):
         log(f"figures: redrawing from the run {run_root(profile)}, nothing is trained")
         with _no_training():
             result = run_course(profile, fresh=True)
-        return run_root(profile), result.figures
-    results = project_root() / "results"
+        studies = study.draw_studies(results) if profile.name == DEFAULT else []
+        return run_root(profile), [*result.figures, *studies]
     if not any(results.rglob("*.json")):
         raise UserError(
             f"nothing to draw from: no finished run in {run_root(profile)} and no {results}: "
             f"run 'tomjerry course --profile {profile.name}' first"
         )
-    from tomjerry_utils import study
-
     log(f"figures: redrawing from the committed {results}, nothing is trained")
     return results, study.draw_results(results)
 

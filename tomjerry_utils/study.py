@@ -287,13 +287,19 @@ def _draw_course(table: Mapping[str, Any], root: Path) -> list[Path]:
 
 def draw_results(folder: Path) -> list[Path]:
     """Draw what committed results hold, without a run: `figures/{results,study}_*.pdf`."""
+    drawn = []
+    for path in sorted(folder.glob("*/course.json")):
+        drawn += _draw_course(read_json(path), folder.parent)
+    return drawn + draw_studies(folder)
+
+
+def draw_studies(folder: Path) -> list[Path]:
+    """Draw what the committed studies hold: `figures/study_*.pdf`."""
     from tomjerry_utils import compare, kept_figures
     from tomjerry_utils.figures import save_figure
 
     root = folder.parent
     drawn = []
-    for path in sorted(folder.glob("*/course.json")):
-        drawn += _draw_course(read_json(path), root)
     if (folder / "compare.json").is_file():
         table = read_json(folder / "compare.json")
         path = save_figure(
