@@ -49,6 +49,8 @@ def finder(
     """
 
     def find(row: Row) -> np.ndarray:
+        if row["mask"]:  # its source has one of each picture
+            return read_mask(folder / row["mask"])
         for place in originals:
             picture = place / str(row["origin"])
             if picture.is_file() and (found := beside(picture)) is not None:
@@ -90,11 +92,16 @@ def beside(path: Path) -> np.ndarray | None:
     for place in PLACES:
         file = path.parent / place.format(stem=path.stem)
         if file.is_file() and file != path:
-            return _from_file(file)
+            return read_mask(file)
     return _transparency(path)
 
 
-def _from_file(file: Path) -> np.ndarray:
+def read_mask(file: Path) -> np.ndarray:
+    """A mask file of either kind as (H, W) float32 in [0, 1], 1 where the animal is.
+
+    Raises:
+        UserError: it cannot be read, or is no mask.
+    """
     values = load_image(file)[..., 0]
     kinds = set(np.unique(values).tolist())
     if kinds <= {_ANIMAL, _GROUND, _BORDER}:

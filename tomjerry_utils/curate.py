@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tomjerry_utils import UserError, animal_masks, composites, intake, photo_sets
+from tomjerry_utils import UserError, animal_masks, composites, intake
 from tomjerry_utils.datasheet import datasheet
 from tomjerry_utils.journal import JOURNAL, Journal, Seen
 from tomjerry_utils.judging import Curation, judge, kind_of
@@ -193,13 +193,12 @@ def _add_composites(journal: Journal, out: Path, how: Curation) -> None:
     wanted = how.composites - sum(row["class"] == "both" for row in single)
     if wanted <= 0:
         return
-    ask = animal_masks.finder(out, how.originals)
     rows = composites.make_composites(
         out,
         single,
         wanted,
         seed=0,
-        mask_of=lambda row: photo_sets.read_mask(out, row) if row["mask"] else ask(row),
+        mask_of=animal_masks.finder(out, how.originals),
         short_side=how.short_side,
         notes=out / WORK / "composites.jsonl",
     )

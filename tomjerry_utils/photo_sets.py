@@ -20,8 +20,6 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-
 from tomjerry_utils import UserError
 from tomjerry_utils.runs import log
 from tomjerry_utils.sources import (
@@ -30,7 +28,6 @@ from tomjerry_utils.sources import (
     SAME_SCENE,
     Batch,
     Options,
-    Row,
     digest,
     file_batches,
     folder_source,
@@ -212,38 +209,6 @@ def _pets(folder: Path, options: Options, name: str) -> Iterator[Batch]:
     if without:
         log(f"collect: {without} of {len(rows)} cats have no mask in {folder.name}")
     yield from file_batches(rows, paths)
-
-
-def read_mask(folder: Path, row: Row, size: tuple[int, int] | None = None) -> np.ndarray:
-    """How much of each pixel of a collected picture is animal, as its source says.
-
-    Args:
-        folder: the collection's.
-        row: one of its rows with a `mask`.
-        size: (height, width); None for that of the collected picture.
-
-    Returns:
-        (H, W) float32 in [0, 1]: 1 animal, 0 ground, 0.5 the outline, which the source leaves open.
-
-    Raises:
-        UserError: the row has no mask, or it cannot be read.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if not row.get("mask"):
-        raise UserError(f"{row['file_name']}: its source has no mask of it")
-    path = folder / row["mask"]
-    try:
-        with Image.open(path) as image:
-            trimap = np.asarray(image.convert("L") if image.mode not in ("L", "P") else image)
-        if size is None:
-            with Image.open(folder / row["file_name"]) as picture:
-                size = (picture.height, picture.width)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path}: mask or picture cannot be read ({error})") from None
-    share = np.select([trimap == 1, trimap == 3], [1.0, 0.5], 0.0).astype(np.float32)
-    resized = Image.fromarray(share).resize((size[1], size[0]), Image.Resampling.BOX)
-    return np.clip(np.asarray(resized, dtype=np.float32), 0.0, 1.0)
 
 
 def _pet_images(folder: Path) -> list[Path]:
