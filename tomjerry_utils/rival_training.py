@@ -22,6 +22,7 @@ from tomjerry_utils.runs import (
     PROVENANCE,
     atomic_dir,
     atomic_path,
+    hash_obj,
     log,
     open_stage,
     read_json,
@@ -218,7 +219,7 @@ def train_gan(
             )
             for domain in ("cartoon", "natural")
         }
-        training = folder / "training" / name
+        training = _training_folder(kind, profile, name, budget, setting)
         curve = training / "curve.jsonl"
         rows = read_jsonl(curve) if curve.is_file() else []
         # The clock stands still between two calls, and the second goes on where the first stopped.
@@ -247,6 +248,26 @@ def train_gan(
     gan = gans.load_gan(weights)
     gan.generator.to(pick_device(profile.device))
     return gan
+
+
+def _training_folder(
+    kind: str, profile: Profile, name: str, budget: str, setting: Mapping[str, Any]
+) -> Path:
+    """Where a GAN trains: a place that depends on nothing but what its training depends on.
+
+    The total budget takes hours. They outlive another version of the stages before, and a budget
+    that has become a little longer since.
+    """
+    facts = {
+        "setting": dict(setting),
+        "seed": profile.seed,
+        "precision": profile.precision,
+        "image_size": profile.image_size,
+        "pictures": collect.training_facts(profile),
+        "zoo": profile.rivals.zoo_pictures if budget == "total" else 0,
+    }
+    parent = run_root(profile) / FOLDER / "training"
+    return parent / f"{budget}-{kind}-{name}-{hash_obj(facts)[:12]}"
 
 
 def weights_folder(folder: Path, name: str) -> Path:
