@@ -269,12 +269,13 @@ def test_variable_rate_and_turned_films(tmp_path: Path) -> None:
     assert score(found.cuts[1:], [14, 28]) == (2, 0, 0)
     counts = np.bincount([found.shot_of(c) for c in found.sample(0.5)])
     assert counts.tolist() == [1, 5, 1]
-    upright = write(tmp_path / "upright.mp4", pasted(14))
-    turned = write(tmp_path / "turned.mp4", pasted(14), rotation=90)
-    pictures = [next(films.open_film(p).pictures([7])) for p in (upright, turned)]
-    assert pictures[0] is not None
-    assert pictures[1] is not None
-    assert np.array_equal(np.rot90(pictures[0]), pictures[1])
+    # Each against its own stored frame: two runs of an encoder need not give the same bytes.
+    for rotation in (0, 90):
+        path = write(tmp_path / f"{rotation}.mp4", pasted(14), rotation=rotation)
+        stored = dict(films.read_frames(path))[7].to_ndarray(format="rgb24")
+        picture = next(films.open_film(path).pictures([7]))
+        assert picture is not None
+        assert np.array_equal(picture, np.rot90(stored, rotation // 90))
 
 
 def test_damaged_films_are_read_as_far_as_they_go(tmp_path: Path) -> None:
