@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -458,22 +459,22 @@ def test_a_picture_that_lost_its_end_is_refused_whatever_others_ask_of_pillow(
     assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-@pytest.mark.parametrize(
-    ("name", "note"),
-    [
-        ("plain.png", ""),
-        ("moving.png", "first of several"),
-        ("moving.gif", "first of several"),
-        ("moving.webp", "first of several"),
-        ("pages.tif", "first of several"),
-        ("RGBA.png", "transparent"),
-        ("wide gamut.png", "to sRGB from Wide"),
-        ("broken profile.png", "profile is broken"),
-        ("grey profile.png", "of another kind"),
-        ("inks.jpg", "approximate"),
-        ("broken notes.png", "EXIF notes are broken"),
-    ],
-)
+NOTES = {
+    "plain.png": "",
+    "moving.png": "first of several",
+    "moving.gif": "first of several",
+    "moving.webp": "first of several",
+    "pages.tif": "first of several",
+    "RGBA.png": "transparent",
+    "wide gamut.png": "to sRGB from Wide",
+    "broken profile.png": "profile is broken",
+    "grey profile.png": "of another kind",
+    "inks.jpg": "approximate",
+    "broken notes.png": "EXIF notes are broken",
+}
+
+
+@pytest.mark.parametrize(("name", "note"), NOTES.items())
 def test_what_was_decided_is_noted(name: str, note: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(good()[name][0])
     notes = read_picture(tmp_path / name).notes
@@ -639,6 +640,13 @@ def test_one_folder_of_everything(tmp_path: Path) -> None:
             assert hash_file(out / row["file_name"]) == row["sha256"]
     for name in {name for name in good() if name in lines and rows[name]["kept"]}:
         assert np.array_equal(load_image(out / rows[name]["file_name"]), load_image(data / name))
+    for name, note in NOTES.items():
+        assert note in rows[name]["read_as"]
+        assert bool(note) == bool(rows[name]["read_as"])
+    told = (out / "DATASHEET.md").read_text(encoding="utf-8")
+    kept_notes = Counter(row["read_as"] for row in rows.values() if row["kept"] and row["read_as"])
+    assert kept_notes
+    assert all(f"| folder | {note} | {n} |" in told for note, n in kept_notes.items())
     # Again, in this process: nothing is made anew, and the manifest is the same.
     again = collect.collect_command(out, folders=[str(data)], screen=False)
     assert (out / "manifest.jsonl").read_bytes() == manifest

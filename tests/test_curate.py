@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -23,6 +26,7 @@ from tomjerry_utils import (
     scenes,
     workers,
 )
+from tomjerry_utils.journal import JOURNAL
 from tomjerry_utils.runs import hash_file, read_jsonl
 
 STYLES = {"cat": "natural", "mouse": "natural", "tom": "cartoon", "jerry": "cartoon"}
@@ -309,6 +313,19 @@ def test_killed_at_twenty_moments_ends_the_same(mixed: Path, tmp_path: Path) -> 
         for out in (whole, broken)
     ]
     assert files[0] == files[1]
+
+
+def test_a_journal_of_an_earlier_version_is_gone_on_with(
+    mixed: Path, made: collect.Collection, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made.folder, out)
+    with contextlib.closing(sqlite3.connect(out / JOURNAL)) as journal:
+        journal.execute("ALTER TABLE pictures DROP COLUMN read_as")
+        journal.execute("UPDATE pictures SET key = '1' || substr(key, 2), measures = '{}'")
+        journal.commit()
+    collect.collect_command(out, folders=[str(mixed)], precision=2.0)
+    assert (out / "manifest.jsonl").read_bytes() == (made.folder / "manifest.jsonl").read_bytes()
 
 
 def test_processes_give_what_one_gives(

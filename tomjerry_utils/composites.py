@@ -143,26 +143,25 @@ def composite(
     raise UserError("there is no room beside the cat")
 
 
-def pairs(cats: Sequence[Row], mice: Sequence[Row], n: int, *, seed: int) -> list[tuple[Row, Row]]:
+def pairs(
+    cats: Sequence[Row], mice: Sequence[Row], n: int, *, seed: int
+) -> Iterator[tuple[int, Iterator[tuple[Row, Row]]]]:
     """Which cat goes with which mouse.
 
-    Both are of the same split, no pair comes twice, and each photograph is used as often as any
-    other of its kind and split, give or take one. The splits get shares of `n` by their numbers
-    of photographs. Neither the order of the rows nor what else is in the manifest matters.
+    Both are of the same split, no pair comes twice, and of the first pairs each photograph is in as
+    many as any other of its kind and split, give or take one. The splits get shares of `n` by their
+    numbers of photographs. Neither the order of the rows nor what else is in the manifest matters.
 
     Args:
         cats, mice: manifest rows, with `split` and `sha256`.
 
-    Returns:
-        At most `n` pairs; fewer where there are no more different ones.
+    Yields:
+        For each split its share of `n`, and all its pairs in the order they are to be tried in.
     """
     sides = _sides(cats, mice)
     counts = _shares(n, {split: len(c) + len(m) for split, (c, m) in sides.items()})
-    return [
-        pair
-        for split, found in sides.items()
-        for pair in itertools.islice(_all_pairs(*found, f"{seed} {split}"), counts[split])
-    ]
+    for split, found in sides.items():
+        yield counts[split], _all_pairs(*found, f"{seed} {split}")
 
 
 def make_composites(
@@ -196,16 +195,13 @@ def make_composites(
     usable = [r for r in rows if r["kept"] and r["domain"] == "natural" and r["role"] == "training"]
     cats = [row for row in usable if row["class"] == "tom"]
     mice = [row for row in usable if row["class"] == "jerry"]
-    sides = _sides(cats, mice)
-    counts = _shares(n, {split: len(c) + len(m) for split, (c, m) in sides.items()})
     useless: set[str] = set()
     known = _read_notes(notes)
     out: list[Row] = []
-    for split, found in sides.items():
-        tries = itertools.islice(_all_pairs(*found, f"{seed} {split}"), 10 * counts[split] + 100)
+    for wanted, tries in pairs(cats, mice, n, seed=seed):
         made = 0
-        for cat, mouse in tries:
-            if made == counts[split]:
+        for cat, mouse in itertools.islice(tries, 10 * wanted + 100):
+            if made == wanted:
                 break
             if useless & {cat["sha256"], mouse["sha256"]}:
                 continue

@@ -39,6 +39,7 @@ def datasheet(rows: Iterable[Row]) -> str:
         "",
         *_table(("said by", "class", "pictures"), told.labelled),
         "",
+        *_as_read(told),
         "## What was dropped",
         "",
         *(_table(("source", "reason", "pictures"), told.dropped) if told.dropped else ["Nothing."]),
@@ -67,6 +68,7 @@ class _Told:
         self.by_source: Counts = Counter()
         self.labelled: Counts = Counter()
         self.dropped: Counts = Counter()
+        self.read_as: Counts = Counter()
         self.rights: Counts = Counter()
         self.training: Counter[str] = Counter()
         self.roles: Counter[str] = Counter()
@@ -77,6 +79,8 @@ class _Told:
                 self.dropped[row["source"], kind_of(row["reason"])] += 1
                 continue
             self.kept += 1
+            for note in filter(None, row["read_as"].split("; ")):
+                self.read_as[row["source"], note] += 1
             self.groups.add((row["split"], row["group"]))
             self.by_source[
                 row["source"],
@@ -100,6 +104,14 @@ def _by_split(columns: Sequence[str], counts: Counts) -> list[str]:
         numbers = (counts[(*key, "train")], counts[(*key, "validation")])
         lines.append(_line([*key, *map(str, numbers)]))
     return lines
+
+
+def _as_read(told: _Told) -> list[str]:
+    """What had to be decided to read the files of pictures that are kept; most need nothing."""
+    if not told.read_as:
+        return []
+    table = _table(("source", "read as", "pictures"), told.read_as)
+    return ["## How files were read", "", *table, ""]
 
 
 def _table(columns: Sequence[str], counts: Counts) -> list[str]:

@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image
 
 from tomjerry_utils import UserError
-from tomjerry_utils.images import load_image
 from tomjerry_utils.journal import Journal, Seen
+from tomjerry_utils.picture_files import PictureFile, read_picture
 from tomjerry_utils.runs import hash_file
 from tomjerry_utils.sources import Batch, Row, one_line
 from tomjerry_utils.workers import Workers
 
-VERSION = 1  # of what is noted of a picture
+VERSION = 2  # of what is noted of a picture
 THUMB = 256  # px, the short side of a thumbnail; below, two drawings of one animal look the same
 _PART = 8  # files a worker is given at a time
 
@@ -129,16 +129,17 @@ def look(
 def _look(source: np.ndarray | UserError | Path, target: str, short_side: int) -> Seen:
     from tomjerry_utils import near_duplicates, screens
 
-    picture = _read(source)
-    if isinstance(picture, UserError):
-        return Seen(error=one_line(picture))
+    found = _read(source)
+    if isinstance(found, UserError):
+        return Seen(error=one_line(found))
+    picture, read_as = found.array, "; ".join(found.notes)
     image = reduced(picture, short_side)
     content, shown = encode(image), np.asarray(image)
     sha256 = hashlib.sha256(content).hexdigest()
     hashes = near_duplicates.perceptual_hashes(shown).tobytes()
     if target:
         write(Path(target), content)
-        return Seen("", sha256, None, hashes, there=True)
+        return Seen("", sha256, None, hashes, there=True, read_as=read_as)
     # A strip that is longer than a JPEG may be is shown as another shape.
     width, height = (min(side, 4 * THUMB) for side in _short(image.size, THUMB))
     small = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -148,7 +149,7 @@ def _look(source: np.ndarray | UserError | Path, target: str, short_side: int) -
     scores, features = screens.score([picture])
     measures = asdict(screens.measure(picture)) | asdict(scores[0])
     kept = features[0].astype(np.float16).tobytes()
-    return Seen("", sha256, measures, hashes, kept, buffer.getvalue())
+    return Seen("", sha256, measures, hashes, kept, buffer.getvalue(), read_as=read_as)
 
 
 def write_all(
@@ -161,15 +162,17 @@ def write_all(
         if isinstance(picture, UserError):
             found.append("")
             continue
-        content = encode(reduced(picture, short_side))
+        content = encode(reduced(picture.array, short_side))
         write(Path(target), content)
         found.append(hashlib.sha256(content).hexdigest())
     return found
 
 
-def _read(source: np.ndarray | UserError | Path) -> np.ndarray | UserError:
+def _read(source: np.ndarray | UserError | Path) -> PictureFile | UserError:
+    if isinstance(source, UserError):
+        return source
     try:
-        return load_image(source) if isinstance(source, Path) else source
+        return read_picture(source) if isinstance(source, Path) else PictureFile(source)
     except (UserError, OSError) as error:
         return UserError(one_line(error))
 

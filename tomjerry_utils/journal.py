@@ -25,7 +25,7 @@ JOURNAL = ".journal.sqlite"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS pictures (
     name TEXT PRIMARY KEY, key TEXT, error TEXT, sha256 TEXT, measures TEXT,
-    hashes BLOB, features BLOB, thumb BLOB, there INTEGER
+    hashes BLOB, features BLOB, thumb BLOB, there INTEGER, read_as TEXT
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS rows (place INTEGER PRIMARY KEY, name TEXT, known TEXT, verdict TEXT);
 """
@@ -43,6 +43,7 @@ class Seen:
         features: (1280,) float16 of EfficientNet-Lite0, or none for pictures not screened.
         thumb: a JPEG, its short side `THUMB`; none where the picture itself is written at once.
         there: whether a file of that name was written, of this picture or one before it.
+        read_as: what was decided while the file was read, see `picture_files`; "" for most.
     """
 
     error: str = ""
@@ -52,6 +53,7 @@ class Seen:
     features: bytes = b""
     thumb: bytes = b""
     there: bool = False
+    read_as: str = ""
 
 
 class Journal:
@@ -68,6 +70,9 @@ class Journal:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.executescript(_SCHEMA)
+            columns = {column[1] for column in self._db.execute("PRAGMA table_info(pictures)")}
+            if "read_as" not in columns:  # of a journal that an earlier version began
+                self._db.execute("ALTER TABLE pictures ADD COLUMN read_as TEXT")
         except sqlite3.OperationalError:
             self._db.close()
             raise
@@ -111,7 +116,7 @@ class Journal:
         self._db.execute(
             "INSERT OR REPLACE INTO pictures VALUES (:name, :key, :error, :sha256, :measures, "
             ":hashes, :features, :thumb, "
-            ":there OR COALESCE((SELECT there FROM pictures WHERE name = :name), 0))",
+            ":there OR COALESCE((SELECT there FROM pictures WHERE name = :name), 0), :read_as)",
             values | {"name": name, "key": key},
         )
 
@@ -174,10 +179,15 @@ class Journal:
     def notes(self, first: int, count: int) -> list[Seen]:
         """What was seen of some rows, from place `first` on, without the large parts."""
         return [
-            Seen(error or "", sha256 or "", json.loads(measures) if measures else {})
-            for error, sha256, measures in self._db.execute(
-                "SELECT error, sha256, measures FROM rows LEFT JOIN pictures USING (name) "
-                "WHERE place >= ? AND place < ? ORDER BY place",
+            Seen(
+                error or "",
+                sha256 or "",
+                json.loads(measures) if measures else {},
+                read_as=read_as or "",
+            )
+            for error, sha256, measures, read_as in self._db.execute(
+                "SELECT error, sha256, measures, read_as FROM rows "
+                "LEFT JOIN pictures USING (name) WHERE place >= ? AND place < ? ORDER BY place",
                 (first, first + count),
             )
         ]

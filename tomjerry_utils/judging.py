@@ -321,6 +321,7 @@ class _Judged:
             "reason": self._reason.get(i, ""),
             "labelled_by": "source" if cls else "",
             "sha256": seen.sha256,
+            "read_as": seen.read_as,
             **_columns(seen.measures or {}),
             **extra,
         }

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any
 
 from tomjerry_utils import UserError
 from tomjerry_utils.runs import log
@@ -28,6 +27,7 @@ from tomjerry_utils.sources import (
     SAME_SCENE,
     Batch,
     Options,
+    Row,
     digest,
     file_batches,
     folder_source,
@@ -111,8 +111,8 @@ def _frames(folder: Path, options: Options, name: str) -> Iterator[Batch]:
     missing = truth.keys() - {p.name for p in paths}
     if missing:
         log(f"collect: {table.name} names {len(missing)} files that are not there")
-    rows = []
-    for path in paths:
+
+    def row_of(path: Path) -> Row:
         relative = path.relative_to(folder).as_posix()
         flags = truth.get(path.name)
         reason, role = "" if flags else f"no label in {table.name}", options.role
@@ -120,22 +120,21 @@ def _frames(folder: Path, options: Options, name: str) -> Iterator[Batch]:
             role = "background"
         elif flags == (False, False):
             reason = "shows neither character"
-        rows.append(
-            make_row(
-                name,
-                f"{plain_name(path.stem)}-{digest(relative)}",
-                stamp(path),
-                domain=options.domain or "cartoon",
-                role=role,
-                # Frames of one show lie in several class folders: number them across folders.
-                group=f"{table.parent.name}/{group_of(path.name)}",
-                origin=relative,
-                rights=options.rights,
-                reason=reason,
-                **{"class": classes.get(flags, "") if flags else ""},
-            )
+        return make_row(
+            name,
+            f"{plain_name(path.stem)}-{digest(relative)}",
+            stamp(path),
+            domain=options.domain or "cartoon",
+            role=role,
+            # Frames of one show lie in several class folders: number them across folders.
+            group=f"{table.parent.name}/{group_of(path.name)}",
+            origin=relative,
+            rights=options.rights,
+            reason=reason,
+            **{"class": classes.get(flags, "") if flags else ""},
         )
-    yield from file_batches(rows, paths)
+
+    yield from file_batches(paths, row_of)
 
 
 def _flag(text: str | None) -> bool:
@@ -186,8 +185,11 @@ def _pets(folder: Path, options: Options, name: str) -> Iterator[Batch]:
     paths = [path for path in _pet_images(folder) if _breed(path.name)]
     # The scratch folder lies in the collection's.
     home = options.work.parent
-    rows = []
-    for path in paths:
+    without = sum(path.stem not in trimaps for path in paths)
+    if without:
+        log(f"collect: {without} of {len(paths)} cats have no mask in {folder.name}")
+
+    def row_of(path: Path) -> Row:
         relative = path.relative_to(folder).as_posix()
         row_name = f"{plain_name(path.stem)}-{digest(relative)}"
         row = make_row(
@@ -204,11 +206,9 @@ def _pets(folder: Path, options: Options, name: str) -> Iterator[Batch]:
         if path.stem in trimaps:
             row["mask"] = f"{MASKS}/{row_name}.png"
             _copy(trimaps[path.stem], home / row["mask"])
-        rows.append(row)
-    without = sum(not row["mask"] for row in rows)
-    if without:
-        log(f"collect: {without} of {len(rows)} cats have no mask in {folder.name}")
-    yield from file_batches(rows, paths)
+        return row
+
+    yield from file_batches(paths, row_of)
 
 
 def _pet_images(folder: Path) -> list[Path]:
@@ -242,30 +242,30 @@ def _mice(folder: Path, options: Options, name: str) -> Iterator[Batch]:
     paths = list_files(folder, IMAGE_SUFFIXES)
     if not paths:
         raise UserError(f"{folder}: expected photographs of mice, found {found_in(folder)}")
-    relatives = [path.relative_to(folder) for path in paths]
-    groups = mouse_groups(relatives)
-    known: dict[str, Any] = {"class": "jerry"}
-    rows = [
-        make_row(
+    groups = mouse_groups([path.relative_to(folder) for path in paths])
+    group_of_path = dict(zip(paths, groups, strict=True))
+
+    def row_of(path: Path) -> Row:
+        relative = path.relative_to(folder).as_posix()
+        return make_row(
             name,
-            f"{plain_name(path.stem)}-{digest(relative.as_posix())}",
+            f"{plain_name(path.stem)}-{digest(relative)}",
             stamp(path),
             domain=options.domain or "natural",
             role=options.role,
-            group=f"mice/{group}",
-            origin=relative.as_posix(),
+            group=f"mice/{group_of_path[path]}",
+            origin=relative,
             rights=_rights(options, MICE_RIGHTS),
-            **known,
+            **{"class": "jerry"},
         )
-        for path, relative, group in zip(paths, relatives, groups, strict=True)
-    ]
+
     untold = sum("/animal " not in group for group in groups)
     if untold:
         log(
-            f"collect: {untold} of {len(rows)} mice tell no animal by their names: grouped by runs "
-            f"of {SAME_SITTING} files in a subset; an animal may be in training and validation"
+            f"collect: {untold} of {len(paths)} mice tell no animal by their names: grouped by "
+            f"runs of {SAME_SITTING} files in a subset; an animal may be in training and validation"
         )
-    yield from file_batches(rows, paths)
+    yield from file_batches(paths, row_of)
 
 
 def mouse_groups(paths: Sequence[PurePath]) -> list[str]:

@@ -31,7 +31,8 @@ IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif", ".svg"),
 )
 SAME_SCENE = 64  # numbered files this close together count as one group
-BATCH = 32
+BATCH = 32  # frames of a film
+FILES = 256  # of a folder; worker processes wait for the last of each batch
 
 # What folder names and label columns call the classes: name → (class, domain it tells of, if any).
 CLASS_NAMES = {
@@ -130,6 +131,7 @@ def make_row(source: str, name: str, key: str, **known: Any) -> Row:
         "place": "",
         "origin": "",
         "rights": "",
+        "read_as": "",
         "mask": "",
         "width": None,
         "height": None,
@@ -229,25 +231,22 @@ def starter_source(where: str, options: Options) -> Iterator[Batch]:
         raise UserError(f"no starter pictures: {table} is missing: clone the project again")
     with table.open(newline="", encoding="utf-8") as file:
         records = [r for r in csv.DictReader(file) if r["file"].endswith(IMAGE_SUFFIXES)]
-    rows, paths = [], []
-    for record in records:
-        domain = DOMAIN_NAMES[record["domain"]]
-        cls, _ = CLASS_NAMES.get(record["class"], ("", ""))
-        paths.append(folder / record["file"])
-        rows.append(
-            make_row(
-                "starter",
-                f"starter-{Path(record['file']).stem}",
-                record["sha256"],
-                domain=domain,
-                role="out_of_domain",
-                group=f"starter/{record['character_group']}",
-                origin=record["file"],
-                rights=f"{record['licence']}, {record['author']}",
-                **{"class": cls},
-            )
+
+    def row_of(record: Mapping[str, str]) -> Row:
+        return make_row(
+            "starter",
+            f"starter-{Path(record['file']).stem}",
+            record["sha256"],
+            domain=DOMAIN_NAMES[record["domain"]],
+            role="out_of_domain",
+            group=f"starter/{record['character_group']}",
+            origin=record["file"],
+            rights=f"{record['licence']}, {record['author']}",
+            **{"class": CLASS_NAMES.get(record["class"], ("", ""))[0]},
         )
-    yield from file_batches(rows, paths)
+
+    by_path = {folder / record["file"]: record for record in records}
+    yield from file_batches(list(by_path), lambda path: row_of(by_path[path]))
 
 
 def clip_source(where: str, options: Options) -> Iterator[Batch]:
@@ -357,12 +356,7 @@ def folder_source(where: str, options: Options, *, name: str = "folder") -> Iter
     if not paths:
         raise UserError(f"{folder}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
     notes = _metadata(folder)
-    # Rows are made by the batch: of a million files only the names are held.
-    for start in range(0, len(paths), BATCH):
-        part = paths[start : start + BATCH]
-        yield from file_batches(
-            [_row_of(path, folder, notes, options, name) for path in part], part
-        )
+    yield from file_batches(paths, lambda path: _row_of(path, folder, notes, options, name))
 
 
 def _row_of(path: Path, folder: Path, notes: Mapping[str, Row], options: Options, name: str) -> Row:
@@ -430,11 +424,11 @@ def _metadata(folder: Path) -> dict[str, Row]:
 # ---- what all sources share ----------------------------------------------------------------------
 
 
-def file_batches(rows: list[Row], paths: list[Path]) -> Iterator[Batch]:
-    """Batches of pictures that are files, one a row."""
-    for start in range(0, len(rows), BATCH):
-        span = slice(start, start + BATCH)
-        yield Batch(rows[span], lambda indices: [], paths=paths[span])
+def file_batches(paths: Sequence[Path], row_of: Callable[[Path], Row]) -> Iterator[Batch]:
+    """Batches of pictures that are files; of a million of them only the names are held at once."""
+    for start in range(0, len(paths), FILES):
+        part = paths[start : start + FILES]
+        yield Batch([row_of(path) for path in part], lambda indices: [], paths=part)
 
 
 def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
