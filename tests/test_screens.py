@@ -124,9 +124,10 @@ def test_only_pictures_are_measured() -> None:
         ({"aspect": 9.0}, None, "", "too narrow"),
         ({"contrast": 1.0}, None, "", "empty"),
         ({"blur": 5.0}, None, "", "blurred: by 5.0 px"),
-        ({}, Scores(0.9, 0.31), "natural", "text or watermark: on 31%"),
-        ({}, Scores(0.04, 0.0), "natural", "not a photograph: 0.04, at least"),
-        ({}, Scores(0.96, 0.0), "cartoon", "not a cartoon"),
+        ({}, Scores(0.9, 0.31, 0.0), "natural", "text or watermark: on 31%"),
+        ({}, Scores(0.9, 0.02, 0.83), "natural", "text or watermark: a line of it along the top"),
+        ({}, Scores(0.04, 0.0, 0.0), "natural", "not a photograph: 0.04, at least"),
+        ({}, Scores(0.96, 0.0, 0.0), "cartoon", "not a cartoon"),
     ],
 )
 def test_reasons_say_what_was_found_and_what_is_allowed(
@@ -138,18 +139,18 @@ def test_reasons_say_what_was_found_and_what_is_allowed(
 
 
 def test_a_domain_asks_only_for_its_own_kind() -> None:
-    assert judge(FINE, Scores(0.99, 0.0), "natural") == []
-    assert judge(FINE, Scores(0.01, 0.0), "cartoon") == []
-    assert judge(FINE, Scores(0.01, 0.0), "") == judge(FINE, Scores(0.99, 0.0), "") == []
+    assert judge(FINE, Scores(0.99, 0.0, 0.0), "natural") == []
+    assert judge(FINE, Scores(0.01, 0.0, 0.0), "cartoon") == []
+    assert judge(FINE, Scores(0.01, 0.0, 0.0), "") == judge(FINE, Scores(0.99, 0.0, 0.0), "") == []
 
 
 def test_every_reason_is_given_and_limits_can_be_set() -> None:
     bad = Measures(40, 30, 1.3, 0.0, 40.0, 6.0, 0.1, 50, 9.0)
-    assert [r.split(":")[0] for r, _, _ in judge(bad, Scores(0.0, 0.5), "natural")] == [
+    assert [r.split(":")[0] for r, _, _ in judge(bad, Scores(0.0, 0.5, 0.0), "natural")] == [
         "too small", "blurred", "text or watermark", "not a photograph",
     ]  # fmt: skip
     lax = Limits(short_side=16, blur=20, text=1.0, photo_at_least=0.0)
-    assert judge(bad, Scores(0.0, 0.5), "natural", lax) == []
+    assert judge(bad, Scores(0.0, 0.5, 0.0), "natural", lax) == []
 
 
 def test_too_few_edges_say_nothing_of_blur() -> None:
@@ -195,6 +196,24 @@ def test_letters_are_found_where_they_are(chelsea: np.ndarray) -> None:
     assert chance[cells > 0.9].mean() > 0.6 > 0.3 > chance[cells == 0].mean()
 
 
+def test_small_marks_along_the_edge_are_found(chelsea: np.ndarray) -> None:
+    """In a corner they cover a fiftieth of the picture: their area alone would let them pass."""
+    clean = [screens.to_size(chelsea), load_image(PHOTO / "plasma__cat.jpg", 256)]
+    rng = np.random.default_rng(3)
+    marked = [
+        lettering.overlay(image, "corner", rng, lettering.HELD_OUT_FONTS)[0]
+        for image in clean
+        for _ in range(8)
+    ]
+    found, _ = screens.score(clean + marked)
+    assert not [s for s in found[:2] if judge(FINE, s, "natural")]
+    reasons = [[why for why, _, _ in judge(FINE, s, "natural")] for s in found[2:]]
+    assert (
+        np.mean([any("along the top or bottom" in why for why in each) for each in reasons]) > 0.7
+    )
+    assert np.mean([s.text > Limits().text for s in found[2:]]) < 0.5  # control
+
+
 def test_scores_do_not_depend_on_the_batch(chelsea: np.ndarray) -> None:
     pictures = [chelsea, load_image(DRAWING), chelsea[:, :200]]
     together, features = screens.score(pictures)
@@ -202,6 +221,7 @@ def test_scores_do_not_depend_on_the_batch(chelsea: np.ndarray) -> None:
         (alone,), feature = screens.score([picture], batch_size=1)
         assert alone.photo == pytest.approx(together[i].photo, abs=1e-3)
         assert alone.text == pytest.approx(together[i].text, abs=0.003)
+        assert alone.mark == pytest.approx(together[i].mark, abs=0.003)
         np.testing.assert_allclose(feature[0], features[i], atol=1e-3)
     assert screens.score([])[0] == [] and screens.score([])[1].shape == (0, 1280)
 

@@ -27,6 +27,7 @@ SALT = "tomjerry split 1"
 _MEASURED = {
     **{name: name for name in ("width", "height", "blur", "photo")},
     "letters": "text",
+    "mark": "mark",
 }
 _PROBED = 4000  # labelled pictures of a class that a probe is fitted to at most
 _CHUNK = 1024  # rows or features handled at once

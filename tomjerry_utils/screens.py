@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 WEIGHTS = "screens.safetensors"
 SIZE = 256  # px that a picture is brought to for the probes, and short side for the edges
 DOMAINS = ("cartoon", "natural")
+_LINE = (2, 10)  # rows and columns of the text probe's places, 8 px each, that a mark covers
+_BAND = 4  # rows of places at the top and at the bottom that marks are looked for in
 _BLOCK = 16  # px; one edge is read per block
 _FINE, _COARSE = 1.0, 2.0  # px, deviations of the two smoothings that edges are compared at
 _GRAIN = 0.051  # power of the fine slopes of white grain of deviation 1
@@ -69,10 +71,13 @@ class Scores:
     Attributes:
         photo: probability that it is a photograph and no drawing.
         text: share of its area that letters lie on, 0 … 1.
+        mark: how surely a line of letters lies along the top or bottom, as subtitles do and the
+            marks that owners set in a corner, too small to count by their area; 0 … 1.
     """
 
     photo: float
     text: float
+    mark: float
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Limits:
     blur: float = 1.75
     edges: int = 4  # fewer say nothing of blur
     text: float = 0.07
+    mark: float = 0.6
     photo_at_least: float = 0.3  # for domain natural
     photo_at_most: float = 0.7  # for domain cartoon
 
@@ -156,10 +162,9 @@ def score(
         with torch.no_grad():
             seen = describe(batch, device)
             photo = torch.sigmoid(seen.summary @ probes["photo.weight"] + probes["photo.bias"])
-            text = text_share(seen.places, probes)
-        found += [
-            Scores(float(p), float(t)) for p, t in zip(photo.tolist(), text.tolist(), strict=True)
-        ]
+            letters = text_map(seen.places, probes)
+        told = (photo, text_share(letters), mark_of(letters))
+        found += [Scores(*each) for each in zip(*(t.tolist() for t in told), strict=True)]
         features.append(seen.features.numpy())
     width = 1280
     return found, np.concatenate(features) if features else np.zeros((0, width), np.float32)
@@ -222,6 +227,13 @@ def judge(
         at.text,
     )
     refuse(
+        scores.mark > at.mark and scores.text <= at.text,
+        f"text or watermark: a line of it along the top or bottom, sure to {scores.mark:.2f}, at "
+        f"most {at.mark:g}",
+        scores.mark,
+        at.mark,
+    )
+    refuse(
         domain == "natural" and scores.photo < at.photo_at_least,
         f"not a photograph: {scores.photo:.2f}, at least {at.photo_at_least:g}",
         scores.photo,
@@ -277,9 +289,21 @@ def describe(images: np.ndarray, device: str = "cpu") -> Seen:
     return Seen(features.cpu(), torch.cat([features, *texture], 1).cpu(), places.cpu())
 
 
-def text_share(places: Tensor, probes: dict[str, Tensor]) -> Tensor:
-    """Share of each picture that letters lie on, (B,): places whose neighbourhood agrees."""
-    return (text_map(places, probes) > 0.5).float().mean((1, 2))
+def text_share(letters: Tensor) -> Tensor:
+    """Share of each picture that letters lie on, (B,), by its :func:`text_map`."""
+    return (letters > 0.5).float().mean((1, 2))
+
+
+def mark_of(letters: Tensor) -> Tensor:
+    """How surely a line of letters lies along the top or bottom, (B,), by a :func:`text_map`.
+
+    The mean over the places that a short line covers, where in those two bands it is highest.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    bands = torch.stack([letters[:, :_BAND], letters[:, -_BAND:]], 1)
+    return F.avg_pool2d(bands, _LINE, 1).amax((1, 2, 3))
 
 
 def text_map(places: Tensor, probes: dict[str, Tensor]) -> Tensor:

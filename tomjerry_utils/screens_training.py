@@ -26,7 +26,9 @@ from tomjerry_utils.screens import (
     Scores,
     describe,
     judge,
+    mark_of,
     measure,
+    text_map,
     text_share,
 )
 from tomjerry_utils.screens_material import Material, drawn_scenes, gather, view
@@ -53,8 +55,7 @@ def teach(
     count = int(options["scenes"])
     for style, first in (("natural", 0), ("cartoon", 500_000)):
         found += drawn_scenes(style, range(first, first + count), (64, 128, 256), zoo=True)
-    for style, first in (("natural", 2_900_000), ("cartoon", 1_900_000)):
-        found += drawn_scenes(style, range(first, first + count // 2), (64, 256), zoo=False)
+    found += held_out_scenes(count // 2)
     seen = [m for m in found if not m.held_out]
     weights = photo_probe(seen, int(options["views"]), seed)
     text, result = text_probe(seen, folder, options, seed)
@@ -69,6 +70,15 @@ def teach(
         },
     }
     return weights, result, facts
+
+
+def held_out_scenes(count: int) -> list[Material]:
+    """Scenes of the course to test on, so many of either style."""
+    return [
+        scene
+        for style, first in (("natural", 2_900_000), ("cartoon", 1_900_000))
+        for scene in drawn_scenes(style, range(first, first + count), (64, 256), zoo=False)
+    ]
 
 
 def photo_probe(materials: Sequence[Material], views: int, seed: int) -> dict[str, Tensor]:
@@ -190,11 +200,11 @@ def test(
         raise UserError("screens: no held-out photographs and drawings to test on")
     rng = np.random.default_rng([seed, 2])
     images = [view(m, rng, plain=True) for m in held]
-    photo, text = scored(images, weights)
+    limits = Limits()
+    photo, lettered = scored(images, weights, limits)
     real = np.array(["scenes" not in m.source for m in held])
     is_photo = np.array([m.photo for m in held])
-    limits = Limits()
-    names = ("text", "photo_at_least", "photo_at_most")
+    names = ("text", "mark", "photo_at_least", "photo_at_most")
     out: dict[str, dict[str, Any]] = {"limits": {name: getattr(limits, name) for name in names}}
     for name, part in (("real", real), ("scenes", ~real)):
         a, b = photo[part & is_photo], photo[part & ~is_photo]
@@ -210,7 +220,7 @@ def test(
             "photographs let through as cartoons": _round(np.mean(a <= limits.photo_at_most)),
         }
     out["text, clean pictures refused"] = {
-        name: _round(np.mean(text[part] > limits.text))
+        name: _round(np.mean(lettered[part]))
         for name, part in (
             ("photographs", real & is_photo),
             ("drawings", real & ~is_photo),
@@ -220,8 +230,8 @@ def test(
     out["text, written pictures refused"] = {}
     for kind in KINDS:
         written = [overlay(image, kind, rng, HELD_OUT_FONTS)[0] for image in images]
-        share = scored(written, weights)[1]
-        out["text, written pictures refused"][kind] = _round(np.mean(share > limits.text))
+        refused = scored(written, weights, limits)[1]
+        out["text, written pictures refused"][kind] = _round(np.mean(refused))
     return out
 
 
@@ -237,7 +247,7 @@ def blurred(materials: Sequence[Material], limits: Limits) -> dict[str, Any]:
         for sigma in (0.0, *BLURS):
             spread = sigma * min(image.shape[:2]) / SIZE
             soft = ndimage.gaussian_filter(image, (spread, spread, 0)) if sigma else image
-            reasons = judge(measure(soft), Scores(0.5, 0.0), "", limits)
+            reasons = judge(measure(soft), Scores(0.5, 0.0, 0.0), "", limits)
             rows.setdefault(f"{kind}, {sigma:g} px", []).append(
                 any(reason.startswith("blurred") for reason, _, _ in reasons)
             )
@@ -245,15 +255,17 @@ def blurred(materials: Sequence[Material], limits: Limits) -> dict[str, Any]:
 
 
 def scored(
-    images: Sequence[np.ndarray], weights: dict[str, Tensor]
+    images: Sequence[np.ndarray], weights: dict[str, Tensor], limits: Limits
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Photo scores and text shares of pictures (256, 256, 3), with probes that need not ship."""
-    photo, text = [], []
+    """Photo scores of pictures (256, 256, 3) and whether text would have them refused, with probes
+    that need not ship."""
+    photo, lettered = [], []
     for start in range(0, len(images), 16):
         seen = describe(np.stack(images[start : start + 16]))
         photo.append(torch.sigmoid(seen.summary @ weights["photo.weight"] + weights["photo.bias"]))
-        text.append(text_share(seen.places, weights))
-    return torch.cat(photo).numpy(), torch.cat(text).numpy()
+        letters = text_map(seen.places, weights)
+        lettered.append((text_share(letters) > limits.text) | (mark_of(letters) > limits.mark))
+    return torch.cat(photo).numpy(), torch.cat(lettered).numpy()
 
 
 def auc(high: np.ndarray, low: np.ndarray) -> float:

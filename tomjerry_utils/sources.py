@@ -138,6 +138,7 @@ def make_row(source: str, name: str, key: str, **known: Any) -> Row:
         "blur": None,
         "photo": None,
         "letters": None,
+        "mark": None,
         "labelled_by": "",
         "confidence": None,
         "cluster": "",
