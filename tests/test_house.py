@@ -267,8 +267,11 @@ def test_starter_pictures_carry_their_licences() -> None:
     starter = ROOT / "data" / "starter"
     with (starter / "attribution.csv").open(encoding="utf-8", newline="") as file:
         rows = {row["file"]: row["licence"] for row in csv.DictReader(file)}
+    photographs = {Path(name).stem for name in rows if name.startswith("photo/")}
     for path in starter.rglob("*"):
-        if path.suffix in (".png", ".jpg", ".mp4"):
+        if path.parent.name == "masks":  # made from the photograph of the same name
+            assert path.stem in photographs
+        elif path.suffix in (".png", ".jpg", ".mp4"):
             assert rows[str(path.relative_to(starter))], path
 
 
